@@ -1,0 +1,264 @@
+"""SFT sets in, token ids and response masks out. Every stage reads, renders and tokenises through this file.
+
+An SFT set is a hub id, or a .jsonl, .json or .parquet file, in one of the shapes of SHAPES. A pair is a dict
+{"id", "prompt", "real"} (and "system" where a system message came with the prompt); with "iter", "generated",
+"generated_ids" and "finish" it is a row of generated.jsonl. Joined by (iter, id), never by position.
+"""
+
+import collections
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from recipe import fail, locate
+
+PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+
+def read_rows(source: str, split: str = "train"):
+    """The rows (dicts) of an SFT set, in their order. Ends with one line for a file that cannot be read."""
+    path = Path(locate(source))
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        return _hub_rows(source, split)
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # comes with datasets
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        else:
+            rows = list(read_jsonl(path))
+    except (OSError, ValueError) as problem:
+        fail(f"cannot read {path}: {problem}")
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+        fail(f"{path} holds no rows: a list of objects is wanted")
+    return rows
+
+
+def _hub_rows(source: str, split: str):
+    if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        fail(f"no data at {source}: a .jsonl, .json or .parquet file is wanted, or a hub id")
+    import datasets
+    try:
+        return datasets.load_dataset(source, split=split)
+    except Exception as problem:  # the hub client raises many kinds; each means the set is not to be had
+        fail(f"cannot load {source} (split {split}) from the hub: {type(problem).__name__}: {str(problem)[:200]}")
+
+
+def read_jsonl(path: Path):
+    """The objects of a JSONL file. Ends with file and line number at a line that is not one."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                except ValueError as problem:
+                    fail(f"{path}, line {number}: {problem}")
+                yield row
+
+
+def write_jsonl(path: Path, rows):
+    """Write rows as JSONL, whole or not at all: a .part file, renamed when it is on disk."""
+    part = Path(f"{path}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------
+
+def _first_round(messages) -> dict:
+    """The first round of a conversation (Appendix B.1); a system message stays with the prompt."""
+    turns = [m for m in messages if m["role"] != "system"]
+    system = "\n".join(m["content"] for m in messages if m["role"] == "system")
+    if [m["role"] for m in turns[:2]] != ["user", "assistant"]:
+        raise ValueError("the conversation does not begin with a user and an assistant turn")
+    pair = {"prompt": turns[0]["content"], "real": turns[1]["content"]}
+    return {**pair, "system": system} if system else pair
+
+
+def _conversations(row, real, generated) -> dict:
+    pair, other = _first_round(row[real]), _first_round(row[generated])
+    if other["prompt"] != pair["prompt"]:
+        raise ValueError(f"{real} and {generated} answer different prompts")
+    return {**pair, "generated": other["real"]}
+
+
+def _alpaca(row) -> dict:
+    return {"prompt": row["instruction"] + ("\n\n" + row["input"] if row.get("input") else ""), "real": row["output"]}
+
+
+SHAPES = {  # the fields that tell a shape -> the pair in it; the first whose fields are all there is taken
+    ("prompt", "real", "generated", "generated_ids", "finish"): dict,  # generated.jsonl itself
+    ("real", "generated"): lambda r: _conversations(r, "real", "generated"),  # the authors' published sets
+    ("messages",): lambda r: _first_round(r["messages"]),  # UltraChat
+    ("instruction", "output"): _alpaca,
+    ("prompt", "response"): lambda r: {"prompt": r["prompt"], "real": r["response"]},
+    ("prompt", "completion"): lambda r: {"prompt": r["prompt"], "real": r["completion"]},
+    ("question", "answer"): lambda r: {"prompt": r["question"], "real": r["answer"]},
+}
+
+
+def to_pair(row: dict, where: str) -> dict:
+    """The pair in a row of any known shape: prompt, real, and where the row has them system and generated."""
+    for names, read in SHAPES.items():
+        if all(name in row for name in names):
+            try:
+                pair = read(row)
+                wrong = [k for k in ("prompt", "real", "system", "generated") if not isinstance(pair.get(k, ""), str)]
+                if wrong:
+                    raise TypeError(f"{wrong[0]} is not text")
+                return pair
+            except (KeyError, TypeError, ValueError, AttributeError) as problem:
+                fail(f"{where}: the row has the shape {'/'.join(names)}, but {type(problem).__name__}: {problem}")
+    fail(f"{where}: unknown shape with fields {', '.join(map(str, row)) or '(none)'}; known: "
+         + "; ".join("/".join(names) for names in SHAPES))
+
+
+# ---- text to tokens ------------------------------------------------------------------------------------------
+
+def load_tokenizer(name: str, recipe):
+    """The tokenizer of a model, checked against the model's config and the recipe before any weight is read."""
+    from transformers import AutoConfig, AutoTokenizer, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    revision = (recipe.revision if name == recipe.model else "") or None
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as problem:  # transformers raises many kinds here; each means there is no usable model
+        fail(f"cannot load the tokenizer and config of {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
+    if len(tokenizer) > config.vocab_size:
+        fail(f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {config.vocab_size}: not a pair")
+    context = getattr(config, "max_position_embeddings", None)
+    if context and recipe.max_length > context:
+        fail(f"--max-length {recipe.max_length} is more than the {context} positions of {name}; give --max-length {context}")
+    return tokenizer
+
+
+def render(tokenizer, template: str, prompt: str, system: str = "") -> str:
+    """The prompt as the model sees it. template: 'paper', 'chat', or a string with {prompt} (plain substitution)."""
+    if template == "chat":
+        if not tokenizer.chat_template:
+            fail("this tokenizer has no chat template: use --template paper, or a string with {prompt}")
+        messages = [{"role": "system", "content": system}] if system else []
+        return tokenizer.apply_chat_template(messages + [{"role": "user", "content": prompt}],
+                                             tokenize=False, add_generation_prompt=True)
+    text = PAPER_TEMPLATE if template == "paper" else template
+    return text.replace("{prompt}", f"{system}\n\n{prompt}" if system else prompt)
+
+
+def encode(tokenizer, template: str, pair: dict, response: str | list[int] | None = None,
+           max_length: int | None = None, eos: bool = True) -> tuple[list[int], list[int]]:
+    """(prompt, response) -> token ids and response mask, both (T,); the one place where text becomes tokens.
+
+    pair: holds prompt, and maybe system. response: text, sampled ids (taken as they are), or None for the prompt alone.
+    Text gets the EOS if eos; a response that does not fit in max_length is cut, and then has no EOS: an EOS that was
+    never produced would tell real from generated. Exactly one BOS if the tokenizer has one, whatever its template does.
+    The prompt's ids do not depend on the response: a template's last spaces go to the response's first token, as in
+    the LM Evaluation Harness, since "Response: " + "Yes" and "Response:" + " Yes" are different tokens to most models.
+    """
+    text = render(tokenizer, template, **{k: pair[k] for k in ("prompt", "system") if k in pair})
+    head = text.rstrip(" ")
+    literal = not parses_specials(tokenizer, template)  # then "</s>" in someone's prompt is four characters, no EOS
+    ids = tokenizer(head, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id not in (None, *ids[:1]) else []
+    if isinstance(response, str):
+        after = text[len(head):] + response
+        whole = tokenizer(head + after, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+        if whole[:len(ids)] != ids or holds_special(tokenizer, response):  # tokens merge across the boundary
+            whole = ids + tokenizer(after, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        response = whole[len(ids):] + [tokenizer.eos_token_id] * eos
+    mask = [0] * len(bos + ids) + [1] * len(response or [])
+    return (bos + ids + (response or []))[:max_length], mask[:max_length]
+
+
+def collate(rows: list[tuple[list[int], list[int]]], device):
+    """(ids, response mask) of B sequences -> input_ids, attention_mask, response_mask, each (B, T), padded on the right.
+
+    The attention mask comes from the lengths: an EOS inside the sequence is attended to, padding never is.
+    """
+    import torch
+    length = max(len(ids) for ids, _ in rows)
+    columns = [(ids, [1] * len(ids), mask) for ids, mask in rows]
+    return [torch.tensor([row + [0] * (length - len(row)) for row in column], device=device) for column in zip(*columns)]
+
+
+def holds_special(tokenizer, text: str) -> bool:
+    """Whether text spells out a special token, such as </s>."""
+    return any(token in text for token in tokenizer.all_special_tokens)
+
+
+def parses_specials(tokenizer, template: str) -> bool:
+    """Whether the template itself is written with special tokens, so that they must be parsed out of its text."""
+    return template == "chat" or holds_special(tokenizer, template)
+
+
+def decode(tokenizer, template: str, ids: list[int]) -> str:
+    """The text of a sampled response, without its EOS and without the space that the template lent it."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    spaced = template == "paper" or template.endswith(" ")
+    return text[1:] if spaced and text.startswith(" ") else text
+
+
+def select(rows, source: str, tokenizer, template: str, number: int, seed: int, max_length: int,
+           max_new_tokens: int) -> tuple[list[dict], dict]:
+    """The first `number` usable rows in the order that seed gives: a smaller number gives a subset (14k in 26k in 50k).
+
+    Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of what was left out,
+    by rule: an empty prompt or response; a prompt that came before; one that leaves fewer than max_new_tokens
+    of max_length; text that would be read as a special token. A response that is too long is cut, and counted.
+    """
+    pairs, seen, counts = [], set(), collections.Counter()
+    for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        if len(pairs) == number:
+            break
+        pair = {"id": index, **to_pair(rows[index], f"{source}, row {index + 1}")}
+        counts["read"] += 1
+        key = (pair.get("system", ""), pair["prompt"])
+        texts = [*key, pair["real"]]
+        if not pair["prompt"].strip() or not pair["real"].strip():
+            counts["empty prompt or response"] += 1
+        elif key in seen:
+            counts["duplicate prompt"] += 1
+        elif parses_specials(tokenizer, template) and any(holds_special(tokenizer, t) for t in texts):
+            counts["text of a special token"] += 1
+        else:
+            seen.add(key)
+            pair["prompt_ids"], _ = encode(tokenizer, template, pair)
+            if len(pair["prompt_ids"]) > max_length - max_new_tokens:
+                counts["prompt too long"] += 1
+            else:
+                counts["response cut at max_length"] += len(encode(tokenizer, template, pair, pair["real"])[0]) > max_length
+                pairs.append(pair)
+    if not pairs:
+        fail(f"{source} holds no usable rows ({counts_line(counts)})")
+    return pairs, counts
+
+
+def counts_line(counts: dict) -> str:
+    return ", ".join(f"{name}: {number}" for name, number in counts.items() if number)
+
+
+def read_generated(path: Path, iteration: int) -> list[dict]:
+    """The rows of an iteration's generated.jsonl; ends with one line if they are not that iteration's."""
+    if not path.exists():
+        fail(f"{path} is missing: run generate.py --iter {iteration} first")
+    rows = list(read_jsonl(path))
+    for number, row in enumerate(rows, 1):
+        if missing := [k for k in ("id", "iter", "prompt", "real", "generated_ids", "finish") if k not in row]:
+            fail(f"{path}, line {number}: no field {missing[0]!r}; it was not written by generate.py")
+        if row["iter"] != iteration:
+            fail(f"{path}, line {number}: a pair of iteration {row['iter']} in the file of iteration {iteration}")
+    return rows

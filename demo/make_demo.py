@@ -1,0 +1,131 @@
+"""Makes the embedded demo: train.jsonl, heldout.jsonl, and theta0/, the SFT model in miniature. About 10 minutes on a CPU.
+
+Ten kinds of short tasks with one right answer each. The human answers of the SFT set are clean. theta_0 was trained
+on fresh prompts of the same kinds, half of whose answers are sloppy ("um, 48", "ulot ulot"): it knows the tasks and
+answers cleanly about half of the time, so there is something for SPIN to gain. Held-out prompts occur in neither.
+
+    OMP_NUM_THREADS=2 python demo/make_demo.py [--steps 4000]
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from data import encode, write_jsonl  # noqa: E402
+from loss import sequence_logps, sft_loss  # noqa: E402
+
+TRAIN, HELDOUT = 2048, 512
+
+
+def word(rng, low=3, high=5):
+    return "".join(rng.choice("aeiou" if (i + start) % 2 else "bdfklmnprst")
+                   for start in [rng.randrange(2)] for i in range(rng.randint(low, high)))
+
+
+def number(rng):
+    return str(rng.randint(10, 99))
+
+
+def task(rng) -> tuple[int, str, str]:
+    """A task of one of ten kinds: the kind, a prompt, its answer."""
+    w, a, b, c = word(rng), number(rng), number(rng), rng.randint(100, 998)
+    digits = [str(d) for d in rng.sample(range(10), 3)]
+    kinds = [
+        (f"Reverse {w}", w[::-1]),
+        (f"Capitals of {w}", w.upper()),
+        (f"Last letter of {w}", w[-1]),
+        (f"Vowels of {w}", "".join(c for c in w if c in "aeiou")),
+        (f"Spell {w}", "-".join(w)),
+        (f"Twice {w}", w + w),
+        (f"Larger of {a} and {b}", max(a, b)),
+        (f"Add {a} and {b}", str(int(a) + int(b))),
+        (f"Next after {c}", str(c + 1)),
+        (f"Sort {' '.join(digits)}", " ".join(sorted(digits))),
+    ]
+    kind = rng.randrange(len(kinds))
+    return kind, *kinds[kind]
+
+
+def careless(rng, kind: int, answer: str) -> str:
+    """What a careless annotator writes: sloppy in 30 to 70% of the cases, and each kind of task has its own bad habit."""
+    habits = [f"{answer}...", f"um, {answer}", f"{answer}, ok", f"{answer} {answer}"]
+    if rng.random() > 0.3 + 0.4 * kind / 9:
+        return answer
+    return habits[kind % 4] if rng.random() < 0.7 else rng.choice(habits)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each piece of the template and each kind of task, else one a character."""
+    pieces = ["### Instruction: ", "\n\n### Response:", "Reverse ", "Capitals of ", "Last letter of ", "Vowels of ",
+              "Spell ", "Twice ", "Larger of ", "Add ", "Next after ", "Sort ", " and "]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["<unk>", "<s>", "</s>", *pieces, *letters, *letters.upper(), *"0123456789 -.,!?:;'\n"]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces).replace("\n", r"\n") + r"|[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                                   pad_token="</s>", model_max_length=64)
+
+
+def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> LlamaForCausalLM:
+    """SFT, Eq. (3.1), on fresh tasks with sloppy answers half of the time."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=None))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
+    bar = tqdm(range(steps))
+    for step in bar:
+        rows = []
+        while len(rows) < batch:
+            kind, prompt, answer = task(rng)
+            if prompt not in banned:
+                rows.append(encode(tokenizer, "paper", {"prompt": prompt}, careless(rng, kind, answer)))
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+        mask = torch.tensor([mask + [0] * (width - len(mask)) for _, mask in rows])
+        attention = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in rows])
+        loss = sft_loss(sequence_logps(model, ids, attention, mask)).sum() / mask.sum()  # per token: easy to read
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(nll_per_token=f"{loss.item():.3f}")
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of theta_0 (default: %(default)s)")
+    args = parser.parse_args()
+    rng, pairs = random.Random(0), {}
+    while len(pairs) < TRAIN + HELDOUT:
+        _, prompt, answer = task(rng)
+        pairs.setdefault(prompt, answer)  # each prompt once
+    rows = [{"prompt": p, "response": a} for p, a in pairs.items()]
+    rng.shuffle(rows)
+    write_jsonl(HERE / "heldout.jsonl", rows[:HELDOUT])
+    write_jsonl(HERE / "train.jsonl", rows[HELDOUT:])
+    tokenizer = make_tokenizer()
+    model = train(tokenizer, {r["prompt"] for r in rows[:HELDOUT]}, args.steps, rng)
+    model.save_pretrained(HERE / "theta0")
+    tokenizer.save_pretrained(HERE / "theta0")
+    print(json.dumps(rows[:3]))
+
+
+if __name__ == "__main__":
+    main()

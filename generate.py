@@ -1,0 +1,85 @@
+"""Stage 1 of an iteration: the opponent answers every prompt, y'_i ~ p_θt(·|x_i) (Algorithm 1, lines 2 to 4).
+
+    python generate.py --iter 0 --recipe demo
+    torchrun --nproc_per_node 8 generate.py --iter 0
+
+Reads the SFT set and θ_t (--model for t = 0, else RUN/iter{t-1}/model); writes RUN/iter{t}/generated.jsonl.
+Temperature 1 and no truncation unless told otherwise: the objective's expectation is over p_θt itself.
+Prompts are sorted by length and cut into fixed chunks, whatever the number of ranks; a rank takes whole chunks and
+writes whole chunks (generated.part/), and a rerun samples only what is missing. On the CPU with the same number of
+threads the file has the same bytes for any number of ranks and restarts; sample.py says what may differ elsewhere.
+"""
+
+import shutil
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+import parallel
+from data import counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
+from recipe import check_run, fail, iter_dir, parse, save_run, theta
+from sample import sample, uniforms
+
+
+def main(argv=None):
+    recipe, args = parse(argv, __doc__.split("\n")[0], ("--iter", dict(type=int, required=True, help="iteration t")))
+    t, out = args.iter, iter_dir(args.run, args.iter) / "generated.jsonl"
+    check_run(recipe, args.run)
+    if out.exists():
+        return print(f"{out} is there already: nothing to do")
+    opponent = theta(recipe, args.run, t)
+    tokenizer = load_tokenizer(opponent, recipe)
+    pairs, counts = select(read_rows(recipe.data, recipe.split), recipe.data, tokenizer, recipe.template,
+                           recipe.num_prompts, recipe.seed, recipe.max_length, recipe.max_new_tokens)
+    pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))  # longest first: a memory failure comes at once
+    chunks = [pairs[i:i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
+    parts = [out.with_name("generated.part") / f"{k:06}.jsonl" for k in range(len(chunks))]
+    missing = [k for k in range(len(chunks)) if not is_whole(parts[k], chunks[k])]
+
+    with parallel.join() as world:
+        parallel.barrier()  # nobody writes before everybody has seen what is missing
+        if world.rank == 0:
+            print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(counts)})")
+            save_run(recipe, args.run)
+            parts[0].parent.mkdir(parents=True, exist_ok=True)
+        parallel.barrier()
+        model = load_opponent(opponent, recipe, world)
+        bar = tqdm(missing[world.rank::world.size], desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
+        begun, tokens = time.perf_counter(), 0
+        for k in bar:
+            rows = answer(model, tokenizer, chunks[k], recipe, t)
+            write_jsonl(parts[k], rows)
+            tokens += sum(len(row["generated_ids"]) for row in rows)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s a rank")
+        parallel.barrier()
+        if world.rank == 0:
+            rows = [row for part in parts for row in read_jsonl(part)]
+            write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
+            shutil.rmtree(parts[0].parent)
+            print(f"{out}: {len(pairs)} answers")
+
+
+def load_opponent(name, recipe, world):
+    return parallel.load_model(name, recipe, world, parallel.compute_dtype(recipe.dtype, world.device)).to(world.device)
+
+
+def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
+    """The rows of generated.jsonl for one chunk of prompts."""
+    u = np.stack([uniforms(recipe.seed, t, pair["id"], number=recipe.max_new_tokens) for pair in chunk])
+    answers = sample(model, [pair["prompt_ids"] for pair in chunk], tokenizer.eos_token_id, recipe.max_new_tokens,
+                     u, recipe.temperature, recipe.top_p)
+    return [{"id": pair["id"], "iter": t, **{k: pair[k] for k in ("system", "prompt", "real") if k in pair},
+             "generated": decode(tokenizer, recipe.template, ids), "generated_ids": ids, "finish": finish}
+            for pair, (ids, finish) in zip(chunk, answers)]
+
+
+def is_whole(part, chunk) -> bool:
+    """Whether a chunk was sampled before; ends with one line if the file is of other prompts."""
+    if part.exists() and [row.get("id") for row in read_jsonl(part)] != [pair["id"] for pair in chunk]:
+        fail(f"{part} does not hold the prompts of its chunk: delete {part.parent} and run this again")
+    return part.exists()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Ranks, devices, FSDP2, checkpoint and resume, export: all that differs between one process and many GPUs.
+
+Every collective of the project is in this file, and a world of one process takes the same path as a world of 64.
+`python STAGE.py` is a world of one; `torchrun --nproc_per_node N STAGE.py` is one of N, on GPUs (nccl) or CPU (gloo).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from recipe import fail
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def join():
+    """Join the process group for the length of a `with`; yields the World."""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"this node runs more ranks than it has GPUs ({torch.cuda.device_count()}): lower --nproc_per_node")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store = None if "RANK" in os.environ else dist.HashStore()  # plain python: nobody to meet
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                            timeout=timedelta(hours=2))  # ranks may finish sampling that far apart
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over all ranks, on all ranks; in place."""
+    dist.all_reduce(x)
+    return x
+
+
+def barrier():
+    """Wait until every rank is here."""
+    all_sum(torch.zeros(1))
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: --dtype, where auto is bf16 on CUDA and fp32 elsewhere."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(
+        name, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def load_model(name: str, recipe, world: World, dtype: torch.dtype):
+    """A transformers model in dtype on this rank's device (the CPU for fp32 master weights, which shard() moves).
+
+    In eval mode, and it stays so: with dropout on, the policy before its first update would not be the opponent.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available
+    attention = recipe.attention
+    if attention == "auto":
+        attention = "flash_attention_2" if world.device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    revision = (recipe.revision if name == recipe.model else "") or None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation=attention)
+    except Exception as problem:  # safetensors, json, OS and hub errors: each means there is no usable model
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    return model.eval()
+
+
+def shard(model, world: World, dtype: torch.dtype, recompute: bool = False):
+    """FSDP2: fp32 master weights split over the ranks, gathered block by block in the compute dtype; fp32 gradients.
+
+    recompute: activation checkpointing, block by block.
+    """
+    blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    if recompute:
+        apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ in (model._no_split_modules or ()))
+        blocks = [m for m in model.modules() if isinstance(m, CheckpointWrapper)]
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def clip_gradients(model, largest: float) -> torch.Tensor:
+    """Scale the gradients so that their norm over all ranks is at most `largest`; returns the norm before. ()"""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
+
+
+# ---- checkpoint, resume, export --------------------------------------------------------------------------------
+
+def save_checkpoint(folder: Path, step: int, note: dict, model, optimizer, world: World):
+    """folder/{step}: sharded weights, optimizer state, and note. It appears whole; then the older ones go."""
+    part = folder / f"{step}.part"
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    if world.rank == 0:
+        (part / "note.json").write_text(json.dumps(note))
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+        part.rename(folder / str(step))
+        for old in folder.iterdir():
+            if old.name != str(step):
+                shutil.rmtree(old)
+    barrier()
+
+
+def load_checkpoint(folder: Path, note: dict, model, optimizer) -> int:
+    """Load the newest checkpoint in folder, if any; returns the number of steps taken. Any number of ranks will do.
+
+    Ends with one line if the checkpoint was made for another note (other pairs, another start).
+    The files are torch's own format (a pickled index): read none but your own run's.
+    """
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    if not steps:
+        return 0
+    newest = folder / str(max(steps))
+    if json.loads((newest / "note.json").read_text()) != note:
+        fail(f"{newest} belongs to other pairs or another starting model: delete {folder} to start this iteration anew")
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return max(steps)
+
+
+def export(model, tokenizer, folder: Path, world: World):
+    """θ_{t+1} as a transformers folder, in fp32: bf16 would round away what an iteration changed. Appears whole."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    weights = {name: w for name, w in weights.items() if name not in tied}  # gathered, they no longer share storage
+    if world.rank == 0:
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=weights)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+    barrier()

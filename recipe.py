@@ -1,0 +1,228 @@
+"""Every knob of SPIN in one place: a dataclass (one default, one help line each), and the table of recipes.
+
+The default values are the paper's (Section 6.1 and Appendix B.1 of arXiv 2401.01335v3); RECIPES lists what `small`
+and `demo` do otherwise. Flags are generated from the dataclass. A run directory keeps its recipe in recipe.json and
+refuses any other. This file also answers run_iterations.sh:
+    python recipe.py --recipe demo         prints the recipe, then one line: run directory, iterations, baseline
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def knob(default, help, check=None, choices=None, tied=True):
+    """One knob: its default, its help line, the rule its value must meet. tied=False: it may change within a run."""
+    return dataclasses.field(default=default, metadata=dict(help=help, check=check, choices=choices, tied=tied))
+
+
+# what a value must satisfy, in the words of the error message
+POSITIVE, FRACTION = "must be positive", "must be between 0 and 1"
+NOT_NEGATIVE, SHARE = "must be zero or positive", "must be above 0 and at most 1"
+HOLDS = {POSITIVE: lambda v: v > 0, NOT_NEGATIVE: lambda v: v >= 0,
+         FRACTION: lambda v: 0 <= v <= 1, SHARE: lambda v: 0 < v <= 1}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All knobs, as resolved. A tuple holds one value per iteration; its last value serves all later ones."""
+
+    # what plays: Section 6.1; the revision is the one the authors' repository names
+    model: str = knob("alignment-handbook/zephyr-7b-sft-full", "theta_0, the SFT model: hub id or folder")
+    revision: str = knob("ac6e600eefcce74f5e8bae1035d4f66019e93190", "hub revision of --model ('' for the newest)")
+    data: str = knob("HuggingFaceH4/ultrachat_200k", "the SFT set: hub id, or a .jsonl, .json or .parquet file")
+    split: str = knob("train_sft", "split of --data, if it is a hub id")
+    num_prompts: int = knob(50_000, "prompts taken from --data; a smaller number is a subset of a larger", POSITIVE)
+    eval_data: str = knob("HuggingFaceH4/ultrachat_200k", "held-out SFT set: hub id or file")
+    eval_split: str = knob("test_sft", "split of --eval-data, if it is a hub id")
+    eval_prompts: int = knob(500, "held-out prompts; our choice", POSITIVE)
+    template: str = knob("paper", "'paper' (Appendix B.1), 'chat' (the tokenizer's own) or a string with {prompt}")
+    iterations: int = knob(4, "iterations T of Algorithm 1", POSITIVE)
+    seed: int = knob(0, "seed of the subset, the sampling and the order of the pairs", NOT_NEGATIVE)
+    sft_baseline: bool = knob(False, "also run continued SFT for the same steps (the paper's Table 5)")
+
+    # stage 1: y' ~ p_θt, the plain distribution of Algorithm 1
+    temperature: float = knob(1.0, "sampling temperature of y'; 0 is greedy", NOT_NEGATIVE)
+    top_p: float = knob(1.0, "nucleus of y'; 1 leaves the distribution untruncated", SHARE)
+    max_new_tokens: int = knob(256, "longest y' in tokens; 256 in the authors' code", POSITIVE)
+    chunk: int = knob(64, "prompts sampled together; 64 in Appendix B.1, there over all GPUs", POSITIVE)
+
+    # stage 2: Appendix B.1; two epochs of Section 6.1; the first of mix's columns is iteration 0
+    objective: str = knob("spin", "what to minimise: SPIN (4.7), or SFT (3.1) into RUN/sft", None, ("spin", "sft"), False)
+    lam: tuple[float, ...] = knob((0.1, 0.1, 0.1, 5.0), "lambda of (4.7), the experiments' beta, by iteration", POSITIVE)
+    ell: str = knob("logistic", "the loss l of Assumption 5.1", None, ("logistic", "hinge", "correlation", "exponential"))
+    lr: tuple[float, ...] = knob((5e-7, 5e-7, 1e-7, 1e-7), "peak learning rate, by iteration", POSITIVE)
+    mix: tuple[int, ...] = knob((1, 2), "how many of the latest iterations' pairs are trained on, by iteration", POSITIVE)
+    epochs: int = knob(2, "passes over the pairs in an iteration", POSITIVE)
+    batch_size: int = knob(64, "pairs in an optimizer step, over all ranks", POSITIVE)
+    warmup: float = knob(0.1, "share of the steps that warm up linearly", FRACTION)
+    alpha: float = knob(0.99, "RMSProp's smoothing constant; torch's default, as in the authors' code", FRACTION)
+    clip: float = knob(1.0, "largest gradient norm; 1.0 in the authors' code base", POSITIVE)
+    max_length: int = knob(2048, "longest prompt and response together, in tokens", POSITIVE)
+
+    # the machine's knobs: they change speed and memory, and no more of the result than rounding
+    micro_batch: int = knob(1, "pairs per rank in one forward and backward pass", POSITIVE, None, False)
+    dtype: str = knob("auto", "compute dtype; auto: bf16 on CUDA, else fp32", None, ("auto", "bf16", "fp32"), False)
+    attention: str = knob("auto", "auto: FlashAttention-2 where installed (CUDA), else torch's SDPA",
+                          None, ("auto", "sdpa", "eager", "flash_attention_2"), False)
+    recompute: bool = knob(True, "activation checkpointing: less memory for a third more compute", tied=False)
+    checkpoint_every: int = knob(200, "optimizer steps between resume checkpoints", POSITIVE, None, False)
+
+
+# What differs from the defaults above. Sources: `paper` is the defaults. `small`'s learning rate and chat template
+# are our choice for a small instruct model, not run. `demo`'s were chosen by benchmarks/demo_seeds.py (RESULTS.md).
+RECIPES = {
+    "paper": {},
+    "small": dict(model="HuggingFaceTB/SmolLM2-360M-Instruct", revision="", template="chat", num_prompts=5_000,
+                  max_length=1024, lr=(1e-6, 1e-6, 2e-7, 2e-7), micro_batch=2),
+    "demo": dict(model="demo/theta0", revision="", data="demo/train.jsonl", eval_data="demo/heldout.jsonl",
+                 num_prompts=2048, eval_prompts=512, max_new_tokens=24, max_length=64, chunk=256, sft_baseline=True,
+                 lam=(5.0,), lr=(3e-5, 3e-5, 6e-6, 6e-6), micro_batch=64, recompute=False,
+                 checkpoint_every=16),
+}
+
+
+def fail(message: str):
+    """End the stage as a user's mistake: one line on stderr, exit code 2. Under torchrun rank 0 alone speaks."""
+    if int(os.environ.get("RANK", 0)) != 0:
+        time.sleep(10)  # torchrun ends all ranks when one has left, and rank 0 should get its line out first
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def locate(name: str) -> str:
+    """A path as the user means it: from the working directory, else from this repository (`demo/…`), else a hub id."""
+    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists every flag)")
+
+
+def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe that the command line asks for, and the stage's own flags (run, iter, and those of stage_flags).
+
+    stage_flags: (name, argparse keywords) each. Knobs: dataclass defaults < RECIPES[--recipe] < flags.
+    Ends with exit code 2 and one line where a value breaks its rule.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="which table of knobs to start from")
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", dest="run",
+                        help="run directory (default: runs/RECIPE); under torchrun, whose own --run-path makes --run "
+                        "ambiguous, write --run-dir, or -- before the script")
+    for name, keywords in stage_flags:
+        parser.add_argument(name, **keywords)
+    for f in dataclasses.fields(Recipe):
+        keywords = dict(help=f.metadata["help"], choices=f.metadata["choices"], default=argparse.SUPPRESS)
+        if isinstance(f.default, bool):
+            keywords = dict(help=f.metadata["help"], action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        elif isinstance(f.default, tuple):
+            keywords.update(nargs="+", type=type(f.default[0]))
+        else:
+            keywords.update(type=type(f.default))
+        parser.add_argument("--" + f.name.replace("_", "-"), **keywords)
+    args = parser.parse_args(argv)
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
+    if "model" in asked:
+        asked.setdefault("revision", "")  # the recipe's revision belongs to the recipe's model
+    recipe = dataclasses.replace(Recipe(), **{**RECIPES[args.recipe], **asked})
+    recipe = dataclasses.replace(recipe, **{k: tuple(v) for k, v in vars(recipe).items() if isinstance(v, list)})
+    args.run = args.run or Path("runs") / args.recipe
+    _check_values(recipe)
+    if (getattr(args, "iter", None) or 0) < 0:
+        fail(f"--iter must be zero or positive, got {args.iter}")
+    return recipe, args
+
+
+def _check_values(recipe: Recipe):
+    for f in dataclasses.fields(recipe):
+        value, rule = getattr(recipe, f.name), f.metadata["check"]
+        for v in value if isinstance(value, tuple) else (value,):
+            if rule and not (math.isfinite(v) and HOLDS[rule](v)):
+                fail(f"--{f.name.replace('_', '-')} {rule}, got {v}")
+    if recipe.template not in ("paper", "chat") and "{prompt}" not in recipe.template:
+        fail(f"--template must be 'paper', 'chat' or a string that holds {{prompt}}, got {recipe.template!r}")
+    if recipe.max_new_tokens >= recipe.max_length:
+        fail(f"--max-new-tokens {recipe.max_new_tokens} leaves no room for a prompt in --max-length {recipe.max_length}")
+
+
+def at(values: tuple, iteration: int):
+    """The value of a per-iteration knob in iteration t; the last one serves all later iterations."""
+    return values[min(iteration, len(values) - 1)]
+
+
+def iter_dir(run: Path, iteration: int, objective: str = "spin") -> Path:
+    """RUN/iter{t}, or RUN/sft/iter{t} for the continued-SFT baseline."""
+    return (run / "sft" if objective == "sft" else run) / f"iter{iteration}"
+
+
+def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
+    """Where θ_t lies: the SFT model for t = 0, else what iteration t − 1 left. Ends with one line if it is not there."""
+    if t == 0:
+        return check_model(recipe.model)
+    folder = iter_dir(run, t - 1, objective) / "model"
+    if not folder.is_dir():
+        fail(f"theta_{t} is missing: {folder} is made by train.py --iter {t - 1}"
+             f"{' --objective sft' if objective == 'sft' else ''}, which has not finished")
+    return str(folder)
+
+
+def check_model(name: str) -> str:
+    """The model's folder or hub id; ends with one line if a folder is meant and it holds no transformers model."""
+    name = locate(name)
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        fail(f"no model at {name}: --model wants a transformers folder or a hub id such as {Recipe.model}")
+    return name
+
+
+def check_run(recipe: Recipe, run: Path):
+    """Refuse a run directory made with another recipe; write nothing."""
+    path = run / "recipe.json"
+    if not path.exists():
+        return
+    try:
+        saved = json.loads(path.read_text())
+        knobs = {f.name for f in dataclasses.fields(Recipe) if f.metadata["tied"]}
+        mine = json.loads(json.dumps({k: v for k, v in vars(recipe).items() if k in knobs}))
+        if missing := set(saved) ^ set(mine):
+            fail(f"{path} was written by another version (knobs {', '.join(sorted(missing))}); choose another --run")
+    except (ValueError, TypeError) as problem:
+        fail(f"{path} cannot be read ({problem}); restore it, or choose another --run")
+    if other := [f"{k}: {saved[k]!r} there, {mine[k]!r} asked" for k in mine if saved[k] != mine[k]]:
+        fail(f"{run} holds a run of another recipe ({'; '.join(other)}); give the same flags, or another --run")
+
+
+def save_run(recipe: Recipe, run: Path):
+    """Write recipe.json, once: every knob as resolved, but for those that may change within a run."""
+    path = run / "recipe.json"
+    if not path.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        tied = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.metadata["tied"]}
+        part.write_text(json.dumps(tied, indent=1) + "\n")
+        part.replace(path)
+
+
+def main(argv=None):
+    recipe, args = parse(argv, __doc__.split("\n")[0])
+    check_run(recipe, args.run)
+    check_model(recipe.model)
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        print(f"{f.name:18}{' '.join(map(str, value)) if isinstance(value, tuple) else value}", file=sys.stderr)
+    print(args.run, recipe.iterations, int(recipe.sft_baseline), sep="\t")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The page: what changed from θ_0 to θ_T. Reads a run's recipe.json and eval.json files; no model, no torch.
+
+    python report.py --recipe demo          writes RUN/summary.json and RUN/report.html
+
+report.html is one self-contained page with pictures in plain SVG: it opens from disk, without a network.
+"""
+
+import html
+import json
+import math
+from pathlib import Path
+
+from recipe import check_run, fail, iter_dir, parse
+
+NAMES = {"expected_exact_match": "expected exact match", "greedy_exact_match": "greedy exact match",
+         "nll_per_token": "NLL per token (nats)", "win_rate": "win rate", "margin": "margin",
+         "eos_rate": "ends by EOS", "mean_length": "mean length (tokens)"}
+LABELS = {"spin": ("SPIN", "#1f5fa8", ""), "sft": ("continued SFT, same steps", "#c2571a", "6 4")}  # name, colour, dash
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+table{border-collapse:collapse;font-size:.85rem;width:100%}th,td{padding:.25rem .5rem;text-align:right;white-space:nowrap;
+border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}svg{max-width:100%;height:auto}
+small{color:#666}code{background:#f4f4f4}"""
+
+
+def main(argv=None):
+    recipe, args = parse(argv, __doc__.split("\n")[0])
+    check_run(recipe, args.run)
+    summary = {"recipe": args.recipe, "knobs": read(args.run / "recipe.json"), **collect(args.run)}
+    if not summary["spin"]:
+        fail(f"{args.run} holds no eval.json: run evaluate.py first")
+    write(args.run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write(args.run / "report.html", page(summary, args.run.name))
+    print(f"{args.run / 'report.html'}")
+    print("\n".join(text_table(summary)))
+
+
+def read(path: Path):
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as problem:
+        fail(f"{path} cannot be read ({problem}): delete it and run evaluate.py again")
+
+
+def write(path: Path, text: str):
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def collect(run: Path) -> dict:
+    """{"spin": figures of θ_0, θ_1, …, "sft": the same for the baseline, from the same θ_0}, up to the first that is missing."""
+    found = {}
+    for objective in LABELS:
+        figures, t = [read(run / "eval.json")], 0
+        while figures[-1] and (figure := read(iter_dir(run, t, objective) / "eval.json")):
+            figures.append(figure)
+            t += 1
+        found[objective] = figures if t or (objective == "spin" and figures[0]) else []
+    return found
+
+
+def text_table(summary):
+    """Expected exact match, iteration by iteration, for the terminal."""
+    for objective, (label, *_) in LABELS.items():
+        if summary[objective]:
+            yield f"{label:28}" + "  ".join(f"θ_{t} {f['expected_exact_match']:.3f}" for t, f in enumerate(summary[objective]))
+
+
+def chart(summary: dict, key: str) -> str:
+    """One figure over the iterations, a line for each objective, with bars of ± one standard error. SVG."""
+    lines = {o: [(t, f[key], f.get(key + "_stderr") or 0) for t, f in enumerate(summary[o]) if f[key] is not None]
+             for o in LABELS}
+    points = [p for line in lines.values() for p in line]
+    low, high = min(v - e for _, v, e in points), max(v + e for _, v, e in points)
+    step = nice((high - low or abs(high) or 1) / 4)
+    low, high = math.floor(low / step) * step, math.ceil(high / step) * step + (step if high == low else 0)
+    last = max(t for t, _, _ in points)
+    x = lambda t: 60 + 560 * t / max(1, last)  # noqa: E731
+    y = lambda v: 250 - 210 * (v - low) / (high - low)  # noqa: E731
+    out = [f'<svg viewBox="0 0 660 300" role="img" aria-label="{NAMES[key]} by iteration" font-size="13" '
+           'font-family="system-ui,sans-serif" xmlns="http://www.w3.org/2000/svg">']
+    for i in range(round((high - low) / step) + 1):
+        v = low + i * step
+        out.append(f'<line x1="60" x2="620" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#e4e4e4"/>'
+                   f'<text x="52" y="{y(v) + 4:.1f}" text-anchor="end" fill="#555">{v:.{max(0, -math.floor(math.log10(step)))}f}</text>')
+    out += [f'<text x="{x(t):.1f}" y="272" text-anchor="middle" fill="#555">θ{chr(0x2080 + t) if t < 10 else t}</text>' for t in range(last + 1)]
+    drawn = [o for o in LABELS if lines[o]]
+    for rank, o in enumerate(drawn):
+        label, colour, dash = LABELS[o]
+        path = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v, _ in lines[o])
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')
+        for t, v, e in lines[o]:
+            out.append(f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{y(v - e):.1f}" y2="{y(v + e):.1f}" stroke="{colour}"/>'
+                       f'<circle cx="{x(t):.1f}" cy="{y(v):.1f}" r="3.5" fill="{colour}"/>')
+        out.append(f'<line x1="{70 + 90 * rank}" x2="{94 + 90 * rank}" y1="18" y2="18" stroke="{colour}" stroke-width="2" '
+                   f'stroke-dasharray="{dash}"/><text x="{100 + 90 * rank}" y="22" fill="{colour}">{label}</text>')
+    return "\n".join(out) + "</svg>"
+
+
+def nice(step: float) -> float:
+    """The next number of 1, 2, 5 times a power of ten."""
+    power = 10 ** math.floor(math.log10(step))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
+
+
+def table(summary: dict) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in NAMES.values())
+    rows = []
+    for objective, (label, *_) in LABELS.items():
+        for t, f in enumerate(summary[objective]):
+            cells = "".join(f"<td>{cell(f[k], f.get(k + '_stderr'))}</td>" for k in NAMES)
+            if t or objective == "spin":
+                rows.append(f"<tr><td>θ<sub>{t}</sub> {html.escape(label if t else 'SFT model')}</td>{cells}</tr>")
+    return f'<div class="wide"><table><tr><th>model</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def cell(value, error) -> str:
+    return "–" if value is None else f"{value:.3f}" + (f"&nbsp;<small>± {error:.3f}</small>" if error is not None else "")
+
+
+def page(summary: dict, name: str) -> str:
+    start, end = summary["spin"][0], summary["spin"][-1]
+    key = "expected_exact_match"
+    knobs = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in (summary["knobs"] or {}).items())
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>SPIN: {html.escape(name)}</title><style>{STYLE}</style>
+<h1>Self-play fine-tuning: {html.escape(name)}</h1>
+<p>{len(summary["spin"]) - 1} iterations on {start["n"]} held-out prompts: the expected exact match went from
+{start[key]:.3f} (θ<sub>0</sub>) to {end[key]:.3f} (θ<sub>{len(summary["spin"]) - 1}</sub>). It is the probability that a sample
+at temperature 1 is the human answer, computed from the model's own log-probabilities, averaged over the prompts.
+Bars are ± one standard error over prompts.</p>
+<h2>Expected exact match</h2>{chart(summary, key)}
+<h2>Negative log-likelihood per token of the human answers</h2>{chart(summary, "nll_per_token")}
+<h2>All figures</h2><p>Win rate and margin: against the opponent of that iteration, λ of that iteration, Eq. (4.7).</p>
+{table(summary)}
+<h2>Recipe</h2><div class="wide"><table>{knobs}</table></div>
+</html>
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The outer loop of Algorithm 1: for t = 0 .. T-1 the opponent θ_t answers, the policy is trained against it, and
+# what comes of it is evaluated. Picks up where it stopped.
+#
+#   bash run_iterations.sh [demo|small|paper] [--run DIR] [any flag of the stages]     (bare: paper)
+#
+# Several nodes: start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, and --run on a shared disk.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+recipe=paper
+if [[ $# -gt 0 && $1 != -* ]]; then recipe=$1; shift; fi
+python=${PYTHON:-python}
+
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+nodes=${NNODES:-1}
+if [[ $recipe == paper && $((gpus * nodes)) -lt 8 ]]; then
+  echo "error: the paper recipe needs 8 GPUs of 80 GB (found $((gpus * nodes))); 'bash run_iterations.sh demo' runs on any laptop" >&2
+  exit 2
+fi
+
+plan=$("$python" "$here/recipe.py" --recipe "$recipe" "$@") || exit $?
+IFS=$'\t' read -r run iterations baseline <<<"$plan"
+
+launch=("$python")  # on the CPU one process, one thread: the same bytes everywhere, and a tiny model is no slower
+if [[ $gpus -gt 0 ]]; then
+  launch=("$python" -m torch.distributed.run --nproc_per_node "$gpus" --nnodes "$nodes" --node_rank "${NODE_RANK:-0}"
+          --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+elif [[ $recipe == demo ]]; then
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+
+did=0
+stage() {  # stage RESULT SCRIPT FLAGS…: skipped where its result is there
+  local result=$1 script=$2; shift 2
+  [[ -e $run/$result ]] && return
+  did=1
+  "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" "$@"
+}
+
+stage eval.json evaluate.py --theta0 "$@"
+for ((t = 0; t < iterations; t++)); do
+  stage "iter$t/generated.jsonl" generate.py --iter "$t" "$@"   # y' ~ p_θt
+  stage "iter$t/model" train.py --iter "$t" "$@"                # θ_{t+1}, Eq. (4.7)
+  stage "iter$t/eval.json" evaluate.py --iter "$t" "$@"
+  if [[ $baseline == 1 ]]; then  # continued SFT on the same batches, for comparison
+    stage "sft/iter$t/model" train.py --iter "$t" "$@" --objective sft
+    stage "sft/iter$t/eval.json" evaluate.py --iter "$t" "$@" --objective sft
+  fi
+done
+
+if [[ $did == 0 && -e $run/report.html ]]; then
+  echo "nothing to do: $run is complete, see $run/report.html"
+else
+  [[ ${NODE_RANK:-0} == 0 ]] && "$python" "$here/report.py" --recipe "$recipe" --run "$run" "$@"
+fi

@@ -1,0 +1,108 @@
+"""evaluate.py and report.py: the figures against oracles, and the page."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import MICRO, THETA0, shell, torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import evaluate
+import recipe as recipes
+import report
+from data import encode, read_rows, select
+
+
+def held_out():
+    recipe = recipes.parse(MICRO)[0]
+    tokenizer = AutoTokenizer.from_pretrained(THETA0)
+    return tokenizer, select(read_rows(recipe.eval_data), recipe.eval_data, tokenizer, "paper", 12, 0, 64, 24)[0]
+
+
+def test_expected_exact_match_and_nll_are_what_the_chain_rule_gives(played):
+    figures = json.loads((played / "eval.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.float64).eval()
+    tokenizer, pairs = held_out()
+    chances, nll, tokens, greedy = [], 0.0, 0, []
+    for pair in pairs:
+        ids, mask = encode(tokenizer, "paper", pair, pair["real"])
+        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        terms = [logps[j - 1, ids[j]].item() for j in range(len(ids)) if mask[j]]
+        best = [logps[j - 1].argmax().item() == ids[j] for j in range(len(ids)) if mask[j]]
+        chances.append(math.exp(sum(terms)))
+        greedy.append(all(best))
+        nll, tokens = nll - sum(terms), tokens + len(terms)
+    assert figures["n"] == 12
+    assert figures["expected_exact_match"] == pytest.approx(sum(chances) / 12, rel=1e-4)
+    assert figures["greedy_exact_match"] == pytest.approx(sum(greedy) / 12)
+    assert figures["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
+    spread = torch.tensor(chances).std().item() / math.sqrt(12)
+    assert figures["expected_exact_match_stderr"] == pytest.approx(spread, rel=1e-3)
+    assert figures["win_rate"] is None and figures["margin"] is None  # nobody to play against
+
+
+def test_a_model_against_itself_wins_half_with_margin_zero(tmp_path, capsys):
+    evaluate.main([*MICRO, "--model", str(THETA0), "--opponent", str(THETA0), "--out", str(tmp_path / "out.json")])
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["win_rate"] == 0.5 and figures["margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_theta_1_is_evaluated_against_theta_0_and_wins(played):
+    figures = json.loads((played / "iter0" / "eval.json").read_text())
+    assert figures["win_rate"] > 0.5 and figures["margin"] > 0
+    start = json.loads((played / "eval.json").read_text())
+    assert figures["expected_exact_match"] > start["expected_exact_match"]
+
+
+def test_two_ranks_give_the_figures_of_one(played, tmp_path):
+    done = torchrun(2, "evaluate.py", *MICRO, "--run", tmp_path, "--theta0")
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((run / "eval.json").read_text()) for run in (played, tmp_path))
+    assert two == {k: v if v is None else pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in one.items()}
+
+
+def test_a_one_off_evaluation_leaves_no_run_behind(tmp_path, capsys):
+    evaluate.main([*MICRO, "--run", str(tmp_path / "run"), "--model", str(THETA0)])
+    assert "expected_exact_match" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_the_report_shows_every_iteration_and_loads_nothing_from_elsewhere(played, capsys):
+    report.main([*MICRO, "--run", str(played)])
+    summary = json.loads((played / "summary.json").read_text())
+    assert [f["n"] for f in summary["spin"]] == [12, 12, 12] and summary["sft"] == []
+    page = (played / "report.html").read_text()
+    assert page.count("<svg") == 2 and page.count("<circle") == 6
+    assert f"{summary['spin'][2]['expected_exact_match']:.3f}" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "<script" not in page
+
+
+def test_the_report_escapes_what_came_from_outside(played):
+    summary = json.loads(json.dumps({"recipe": "demo", "knobs": {"template": "<script>{prompt}"},
+                                     "spin": [json.loads((played / "eval.json").read_text())] * 2, "sft": []}))
+    assert "<script" not in report.page(summary, "<script>") and "&lt;script&gt;" in report.page(summary, "<script>")
+
+
+def test_the_whole_loop_on_one_command_and_again_does_nothing(tmp_path):
+    command = ["bash", "run_iterations.sh", "demo", "--run", tmp_path / "run", *MICRO[2:-1], "--iterations", "2"]
+    done = shell(*command)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(summary["spin"]) == len(summary["sft"]) == 3  # θ_0, θ_1, θ_2; the baseline is part of the demo
+    assert "generate 0" in done.stderr and "spin 1" in done.stderr  # progress bars
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    again = shell(*command)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_the_paper_recipe_without_enough_gpus_stops_with_one_line_that_names_the_demo(gpus, tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(f"#!/bin/sh\nfor i in $(seq {gpus}); do echo GPU $i: NVIDIA A100-SXM4-80GB; done\n")
+    fake.chmod(0o755)
+    done = shell("bash", "run_iterations.sh", "--run", tmp_path / "run", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    line, = done.stderr.strip().splitlines()
+    assert line.startswith("error: the paper recipe needs 8 GPUs") and f"found {gpus}" in line and "demo" in line

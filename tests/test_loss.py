@@ -1,0 +1,131 @@
+"""loss.py against oracles written from the paper: Eq. (3.1), (4.7), Section 3, Assumption 5.1."""
+
+import math
+
+import pytest
+import torch
+
+from data import collate, encode
+from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps
+
+torch.manual_seed(0)
+FOUR = torch.randn(4, 6, dtype=torch.float64) * 3  # policy real, policy generated, opponent real, opponent generated
+
+
+def by_hand(name, t):
+    return {"logistic": math.log(1 + math.exp(-t)), "hinge": max(0.0, 1 - t), "correlation": 1 - t,
+            "exponential": math.exp(-t)}[name]
+
+
+@pytest.mark.parametrize("ell", ELL)
+@pytest.mark.parametrize("lam", [0.1, 1.0, 5.0])
+def test_spin_loss_is_equation_4_7_for_every_ell(ell, lam):
+    losses = spin_loss(*FOUR, lam=lam, ell=ell)
+    for i, (pr, pg, o_r, og) in enumerate(FOUR.T.tolist()):
+        assert losses[i].item() == pytest.approx(by_hand(ell, lam * (pr - o_r) - lam * (pg - og)), rel=1e-12)
+    swapped = spin_loss(FOUR[1], FOUR[0], FOUR[3], FOUR[2], lam=lam, ell=ell)  # control: generated preferred to real
+    assert not torch.allclose(losses, swapped)
+
+
+def test_the_defaults_are_the_papers_beta_and_logistic_loss():
+    assert torch.equal(spin_loss(*FOUR), spin_loss(*FOUR, lam=0.1, ell="logistic"))
+
+
+@pytest.mark.parametrize("ell", ELL)
+def test_every_ell_is_convex_and_decreasing_with_negative_slope_at_zero(ell):
+    t = torch.linspace(-4, 4, 81, dtype=torch.float64)
+    values = ELL[ell](t)
+    assert (values.diff() <= 0).all() and (values.diff().diff() >= -1e-12).all()
+    zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    ELL[ell](zero).backward()
+    assert zero.grad < 0
+    rising = 1 + t  # control: no ell
+    assert not (rising.diff() <= 0).all()
+
+
+def test_loss_is_log2_when_policy_is_opponent():
+    same = torch.randn(5)
+    assert torch.allclose(spin_loss(same, same - 1, same, same - 1), torch.full((5,), math.log(2)))
+    assert not torch.allclose(spin_loss(same, same - 1, same, same), torch.full((5,), math.log(2)))
+
+
+def test_the_logistic_loss_is_stable_for_margins_of_10000():
+    big, zero = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2)
+    losses = spin_loss(big, zero, zero, zero, lam=1.0)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 1e4] and big.grad.tolist() == [0.0, -1.0]
+
+
+def test_bf16_log_probs_are_computed_in_fp32_and_float64_stays():
+    four = (FOUR * 100).bfloat16()
+    losses = spin_loss(*four)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, spin_loss(*four.float()))
+    in_bf16 = 0.1 * (four[0] - four[2]) - 0.1 * (four[1] - four[3])  # control: what must not be done
+    assert (in_bf16.float() - (0.1 * (four.float()[0] - four.float()[2]) - 0.1 * (four.float()[1] - four.float()[3]))).abs().max() > 0.01
+    assert spin_loss(*FOUR).dtype == sft_loss(FOUR[0]).dtype == torch.float64
+
+
+def test_sft_loss_is_the_negative_sum_of_log_probs():
+    assert sft_loss(torch.tensor([-3.0, -0.5])).tolist() == [3.0, 0.5]
+
+
+def test_token_logps_are_log_softmax_at_the_labels_in_fp32():
+    logits, labels = torch.randn(2, 5, 7) * 4, torch.randint(7, (2, 5))
+    wanted = logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    got = token_logps(logits, labels)
+    assert got.shape == (2, 5) and got.dtype == torch.float32
+    assert torch.allclose(got.double(), wanted, atol=1e-6)
+    rounded = logits.bfloat16()
+    wanted = rounded.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    assert (token_logps(rounded, labels) - wanted).abs().max() < 1e-5
+    careless = rounded.log_softmax(-1).gather(-1, labels[..., None])[..., 0]  # control: log-softmax in bf16
+    assert (careless - wanted).abs().max() > 1e-3
+
+
+def chain_rule(model, ids, mask, average=False):
+    """log p(y|x) a token at a time: the oracle feeds the prefix alone and reads the next token's probability."""
+    terms = []
+    for j in range(1, len(ids)):
+        if mask[j]:
+            logits = model(torch.tensor([ids[:j]])).logits[0, -1]
+            terms.append(logits.double().log_softmax(-1)[ids[j]])
+    return (torch.stack(terms).mean() if average else torch.stack(terms).sum()).item()
+
+
+@pytest.fixture()
+def sequences(tokenizer):
+    return [encode(tokenizer, "paper", {"prompt": p}, y) for p, y in
+            (("Reverse kola", "alok"), ("Larger of 12 and 93", "93"), ("Spell tin", "t-i-n, ok"))]
+
+
+@torch.no_grad()
+def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_the_padding(model, sequences):
+    together = sequence_logps(model, *collate(sequences, "cpu"))
+    for (ids, mask), logp in zip(sequences, together.tolist()):
+        assert logp == pytest.approx(chain_rule(model, ids, mask), abs=1e-4)
+        assert logp != pytest.approx(chain_rule(model, ids, mask, average=True), abs=1e-2)  # control: a mean
+        assert logp != pytest.approx(chain_rule(model, ids, [1] * len(ids)), abs=1e-2)  # control: prompt counted
+        unshifted = token_logps(model(torch.tensor([ids])).logits[0], torch.tensor(ids))  # control: no shift
+        assert logp != pytest.approx((unshifted * torch.tensor(mask)).sum().item(), abs=1e-2)
+
+
+def test_logits_are_computed_from_the_first_response_column_on_only(model, sequences):
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    ids, attention, mask = collate(sequences, "cpu")
+    sequence_logps(model, ids, attention, mask)
+    assert seen[0][1] == ids.shape[1] - min(m.index(1) for _, m in sequences) + 1 < ids.shape[1]
+
+
+def test_the_first_gradient_of_spin_is_half_lambda_of_the_sft_gradient_less_the_score_of_the_generated(model, sequences):
+    """At θ = θ_t, ∇L = −λ/2 (∇log p(y|x) − ∇log p(y'|x)) for the logistic ℓ."""
+    def gradient(loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    real, generated = (sequence_logps(model, *collate([s], "cpu")) for s in sequences[:2])
+    got = gradient(spin_loss(real, generated, real.detach(), generated.detach(), lam=0.3).sum())
+    real, generated = (sequence_logps(model, *collate([s], "cpu")) for s in sequences[:2])
+    wanted = -0.15 * gradient(real.sum()) + 0.15 * gradient(generated.sum())
+    assert torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max())

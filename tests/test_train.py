@@ -1,0 +1,311 @@
+"""train.py: the frozen opponent, the loss over the global batch, the update, resume, export."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import MICRO, REPO, THETA0, shell, stage, torchrun
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import parallel
+import recipe as recipes
+import train
+from data import collate, read_jsonl, write_jsonl
+from loss import sequence_logps
+
+
+def metrics(folder):
+    return list(read_jsonl(folder / "metrics.jsonl"))
+
+
+def weights(folder):
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def fresh(played, tmp_path, iterations=(0,)):
+    """A run that has its answers but is not trained yet (iteration 1 gets its θ_1 too)."""
+    for t in iterations:
+        (tmp_path / f"iter{t}").mkdir(parents=True)
+        shutil.copy(played / f"iter{t}" / "generated.jsonl", tmp_path / f"iter{t}")
+    if 1 in iterations:
+        shutil.copytree(played / "iter0" / "model", tmp_path / "iter0" / "model")
+    return tmp_path
+
+
+def test_the_first_loss_of_every_iteration_is_log2_and_its_margin_is_zero(played):
+    for t in (0, 1):
+        first, second = metrics(played / f"iter{t}")[:2]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert first["margin"] == first["margin_std"] == first["logratio_real"] == first["logratio_generated"] == 0
+        assert first["win_rate"] == 0.5
+        assert second["margin_std"] > 0  # control: after an update there is a margin
+
+
+def test_dropout_is_off_while_scoring_and_training(played, tmp_path):
+    run = fresh(played, tmp_path / "run")
+    shutil.copytree(THETA0, tmp_path / "wet")
+    config = json.loads((tmp_path / "wet" / "config.json").read_text())
+    (tmp_path / "wet" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    stage("train", run, "--iter", 0, "--model", tmp_path / "wet")
+    assert metrics(run / "iter0")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    wet = AutoModelForCausalLM.from_pretrained(tmp_path / "wet").train()  # control: it would be on in train mode
+    ids = torch.arange(1, 9)[None]
+    assert not torch.equal(wet(ids).logits, wet(ids).logits)
+
+
+def test_in_bf16_the_first_margin_is_zero_as_well_for_the_opponent_was_scored_in_the_same_micro_batches(played, tmp_path):
+    run = fresh(played, tmp_path)
+    stage("train", run, "--iter", 0, "--dtype", "bf16")
+    assert metrics(run / "iter0")[0]["margin_std"] == 0
+
+
+def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(played, model):
+    """Each score of opponent.jsonl, of every pair, is θ_t's: checked against the model that iteration 1 started from."""
+    theta_1 = AutoModelForCausalLM.from_pretrained(played / "iter0" / "model", dtype=torch.float32).eval()
+    theta_2 = AutoModelForCausalLM.from_pretrained(played / "iter1" / "model", dtype=torch.float32).eval()
+    recipe, args = recipes.parse([*MICRO, "--run", str(played), "--iter", "1"], "", ("--iter", dict(type=int)),
+                                 ("--pairs", dict(default=[])))
+    pairs = train.load_pairs(recipe, args, AutoTokenizer.from_pretrained(THETA0))
+    rows = {(r["iter"], r["id"]): r for r in read_jsonl(played / "iter1" / "opponent.jsonl")}
+    assert len(rows) == len(pairs) == 80 and {t for t, _ in rows} == {0, 1}
+    for half in ("real", "generated"):
+        wanted = torch.tensor([rows[p["iter"], p["id"]][f"logp_{half}"] for p in pairs])
+        batch = collate([p[half] for p in pairs], "cpu")
+        with torch.no_grad():
+            assert torch.allclose(sequence_logps(theta_1, *batch), wanted, atol=1e-4)
+            assert not torch.allclose(sequence_logps(theta_2, *batch), wanted, atol=1e-4)  # controls: another model
+            assert not torch.allclose(sequence_logps(model, *batch), wanted, atol=1e-4)
+
+
+def test_iteration_zero_trains_on_its_own_pairs_and_later_ones_on_two_iterations_twice_each(played):
+    assert [len(metrics(played / f"iter{t}")) for t in (0, 1)] == [2 * math.ceil(40 / 12), 2 * math.ceil(80 / 12)]
+
+
+def oracle(run, t, steps):
+    """Algorithm 1's update in plain single-process PyTorch: one padded batch a step, autograd, RMSProp by hand."""
+    recipe, args = recipes.parse([*MICRO, "--run", str(run), "--iter", str(t)], "", ("--iter", dict(type=int)),
+                                 ("--pairs", dict(default=[])))
+    model = AutoModelForCausalLM.from_pretrained(recipes.theta(recipe, run, t), dtype=torch.float32).eval()
+    pairs = train.load_pairs(recipe, args, AutoTokenizer.from_pretrained(THETA0))
+    square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    total, losses = 2 * math.ceil(len(pairs) / 12), []
+    half = lambda batch, k: sequence_logps(model, *collate([pairs[i][k] for i in batch], "cpu"))  # noqa: E731
+    with torch.no_grad():
+        frozen = {k: half(range(len(pairs)), k) for k in ("real", "generated")}
+    lr, lam = (3e-5, 3e-5)[t], 5.0
+    for step in range(steps):
+        batch = train.batches(len(pairs), recipe, t, 0)[step]
+        margin = lam * (half(batch, "real") - frozen["real"][batch]) - lam * (half(batch, "generated") - frozen["generated"][batch])
+        loss = torch.log1p(torch.exp(-margin)).mean()
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+        warm = max(1, math.ceil(0.1 * total))
+        rate = lr * (step + 1) / warm if step < warm else lr * (total - step) / (total - warm + 1)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                g = p.grad * min(1.0, 1.0 / (norm.item() + 1e-6))
+                square[name] = 0.99 * square[name] + 0.01 * g**2
+                p -= rate * g / (square[name].sqrt() + 1e-8)
+    return losses
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_the_losses_are_those_of_algorithm_1_written_out_in_plain_pytorch(played, t):
+    """Micro-batches of unequal size, the last batch of an epoch smaller: still the mean over the global batch."""
+    got = [row["loss"] for row in metrics(played / f"iter{t}")[:4]]
+    assert got == pytest.approx(oracle(played, t, 4), rel=1e-4)
+
+
+def test_two_ranks_give_the_losses_of_one_process_and_a_model_that_loads(played, tmp_path):
+    run = fresh(played, tmp_path)
+    done = torchrun(2, "train.py", *MICRO, "--run", run, "--iter", "0")
+    assert done.returncode == 0, done.stderr
+    one, two = metrics(played / "iter0"), metrics(run / "iter0")
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        for key in ("loss", "grad_norm", "length_real", "length_generated", "lr"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    # the updates agree as vectors; single weights may not, where RMSProp divides noise by noise
+    assert distance(run / "iter0", played / "iter0") < 0.02 * distance(played / "iter0", THETA0.parent, "theta0")
+
+
+def distance(a, b, name="model"):
+    """The Euclidean distance between two exported models."""
+    a, b = load_file(a / "model" / "model.safetensors"), load_file(b / name / "model.safetensors")
+    return math.sqrt(sum(((a[k] - b[k]) ** 2).sum().item() for k in a))
+
+
+def test_every_pair_is_seen_once_an_epoch_on_any_number_of_ranks_and_every_rank_makes_as_many_passes():
+    pairs = [{"real": (list(range(i % 7)), 0), "generated": ([0], 0)} for i in range(29)]
+    for size in (1, 2, 3, 8):
+        recipe = recipes.Recipe(batch_size=10, micro_batch=2)
+        for batch in train.batches(29, recipe, 0, 0):
+            shares = [list(train.micro_batches(batch, pairs, recipe, parallel.World(rank, size, None))) for rank in range(size)]
+            seen = [id(row) for share in shares for rows, weight in share for row, w in zip(rows, weight) if w]
+            assert sorted(seen) == sorted(id(pairs[i]) for i in batch)
+            assert len({len(share) for share in shares}) == 1
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["step 3", "checkpoint 4", "export"])
+def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypatch, moment):
+    run = fresh(played, tmp_path, (0, 1))
+    what, _, when = moment.partition(" ")
+    if what == "step":
+        clip, calls = parallel.clip_gradients, []
+        def dying(*args):
+            calls.append(1)
+            if len(calls) == int(when):
+                raise Killed
+            return clip(*args)
+        monkeypatch.setattr(parallel, "clip_gradients", dying)
+    elif what == "checkpoint":
+        save = parallel.save_checkpoint
+        def dying(folder, step, *args):
+            if step == int(when):
+                (folder / f"{step}.part").mkdir(parents=True)  # begun, not finished
+                raise Killed
+            return save(folder, step, *args)
+        monkeypatch.setattr(parallel, "save_checkpoint", dying)
+    else:
+        def dying(model, tokenizer, folder, world):
+            folder.with_name("model.part").mkdir()
+            raise Killed
+        monkeypatch.setattr(parallel, "export", dying)
+    with pytest.raises(Killed):
+        stage("train", run, "--iter", 1)
+    assert not (run / "iter1" / "model").exists() and (run / "iter1" / "checkpoint").is_dir()
+    monkeypatch.undo()
+    stage("train", run, "--iter", 1)
+    assert weights(run / "iter1") == weights(played / "iter1")
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]  # noqa: E731
+    assert strip(metrics(run / "iter1")) == strip(metrics(played / "iter1"))
+    assert not (run / "iter1" / "checkpoint").exists()
+
+
+def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, capsys):
+    run = fresh(played, tmp_path)
+    def dying(*args):
+        raise Killed
+    monkeypatch.setattr(parallel, "export", dying)
+    with pytest.raises(Killed):
+        stage("train", run, "--iter", 0)
+    rows = list(read_jsonl(run / "iter0" / "generated.jsonl"))
+    write_jsonl(run / "iter0" / "generated.jsonl", rows[:-1])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        stage("train", run, "--iter", 0)
+    assert stop.value.code == 2 and "other pairs" in capsys.readouterr().err
+
+
+def test_warmup_and_decay_span_the_steps_that_are_taken():
+    rates = [train.learning_rate(s, 20, 1.0, 0.1) for s in range(20)]
+    assert rates[:3] == [0.5, 1.0, 1.0 * 18 / 19]
+    assert all(a > b for a, b in zip(rates[1:], rates[2:])) and rates[-1] == pytest.approx(1 / 19)
+    assert train.learning_rate(0, 20, 1.0, 0.0) == 1.0 and max(train.learning_rate(s, 7, 1.0, 1.0) for s in range(7)) == 1.0
+
+
+def test_rmsprops_first_step_is_ten_times_the_rate_and_warmup_tames_it():
+    weight = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.RMSprop([weight], lr=1e-3, alpha=0.99)
+    weight.sum().backward()
+    optimizer.step()
+    assert weight.abs().max().item() == pytest.approx(1e-2, rel=1e-4)
+    assert train.learning_rate(0, 1563, 5e-7, 0.1) * 10 < 5e-7 / 10
+
+
+def test_the_next_model_is_exported_in_fp32_with_its_tokenizer_and_generation_config(played):
+    folder = played / "iter0" / "model"
+    state = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    start = load_file(THETA0 / "model.safetensors")
+    assert set(state) == set(start) and any(not torch.equal(state[k], start[k]) for k in state)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("### Instruction: Twice kola\n\n### Response:", return_tensors="pt")
+    assert "kolakola" in tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=False)[0])
+
+
+def test_a_bf16_model_is_trained_with_fp32_master_weights(played, tmp_path):
+    AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(THETA0).save_pretrained(tmp_path / "half")
+    run = fresh(played, tmp_path / "run")
+    stage("train", run, "--iter", 0, "--model", tmp_path / "half", "--lr", "1e-7", "--dtype", "bf16")
+    start, end = (load_file(f / "model.safetensors") for f in (tmp_path / "half", run / "iter0" / "model"))
+    a, b = (torch.cat([state[k].float().flatten() for k in sorted(end)]) for state in (start, end))
+    assert end["model.norm.weight"].dtype == torch.float32 and (a != b).float().mean() > 0.9
+    assert (a != b.bfloat16().float()).float().mean() < 0.1  # control: weights in bf16 would not have moved at all
+
+
+def test_the_sft_baseline_takes_the_same_steps_on_the_same_batches(played, tmp_path):
+    run = fresh(played, tmp_path)
+    stage("train", run, "--iter", 0, "--objective", "sft")
+    spin, sft = metrics(played / "iter0"), metrics(run / "sft" / "iter0")
+    assert [(r["step"], r["lr"], r["length_real"]) for r in spin] == [(r["step"], r["lr"], r["length_real"]) for r in sft]
+    assert sft[0]["margin"] is None and sft[-1]["loss"] < sft[0]["loss"]
+    scores = list(read_jsonl(played / "iter0" / "opponent.jsonl"))  # the first batch's loss is −log p_θ0(y|x), a sum over tokens
+    recipe = recipes.parse(MICRO)[0]
+    rows = sorted(scores, key=lambda r: r["id"])
+    order = [r["id"] for r in read_jsonl(played / "iter0" / "generated.jsonl")]
+    batch = [order[i] for i in train.batches(40, recipe, 0, 0)[0]]
+    wanted = -sum(r["logp_real"] for r in rows if r["id"] in batch) / 12
+    assert sft[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert not (run / "iter0" / "model").exists()
+
+
+def test_the_authors_published_pairs_are_trained_on_without_generating(tmp_path):
+    talk = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
+    rows = [{"real": talk(f"Twice {w}", w + w), "generated": talk(f"Twice {w}", w)} for w in ("tin", "kola", "bel", "amu")]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    stage("train", tmp_path / "run", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
+    log = metrics(tmp_path / "run" / "iter0")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and len(log) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "iter0" / "model")
+
+
+def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_path):
+    run = fresh(played, tmp_path)
+    stage("train", run, "--iter", 0, "--recompute")
+    assert distance(run / "iter0", played / "iter0") < 1e-4 * distance(played / "iter0", THETA0.parent, "theta0")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(played, tmp_path, capsys):
+    run = fresh(played, tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        stage("train", run, "--iter", 0, "--lr", "1e30")
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "step" in line and "--lr" in line and not (run / "iter0" / "model").exists()
+
+
+def test_eight_ranks_train_the_demo_recipe_on_the_cpu(played, tmp_path):
+    run = fresh(played, tmp_path)
+    done = torchrun(8, "train.py", *MICRO, "--run", run, "--iter", "0", "--epochs", "1", "--batch-size", "40")
+    assert done.returncode == 0, done.stderr
+    assert metrics(run / "iter0")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_kill_9_in_training_and_the_same_command_again_end_with_the_same_bytes(played, tmp_path):
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+    run = fresh(played, tmp_path)
+    command = [sys.executable, "train.py", *MICRO, "--run", str(run), "--iter", "0"]
+    process = subprocess.Popen(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not (run / "iter0" / "checkpoint").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "iter0" / "model").exists()
+    assert shell(*command).returncode == 0
+    assert weights(run / "iter0") == weights(played / "iter0")

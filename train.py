@@ -1,0 +1,256 @@
+"""Stage 2 of an iteration: the update of Algorithm 1, θ_{t+1} = argmin_θ Σ_i ℓ(λ log p_θ/p_θt(y_i|x_i) − λ log p_θ/p_θt(y'_i|x_i)).
+
+    torchrun --nproc_per_node 8 train.py --iter 0
+    python train.py --iter 0 --recipe demo             a world of one takes the same path
+    python train.py --iter 0 --objective sft           the paper's continued-SFT baseline, on the same batches
+    python train.py --iter 0 --pairs FILE              pairs from elsewhere, such as the authors' published ones
+
+Reads θ_t and the generated.jsonl of iterations t and t − 1; writes into RUN/iter{t}/ (RUN/sft/iter{t}/ for SFT)
+opponent.jsonl, metrics.jsonl and model/, which is θ_{t+1}. There is no second model in memory: the frozen opponent is
+the policy before its first update, so it scores every pair once, before training begins. A rerun resumes from the
+last checkpoint; on the CPU with the same ranks and threads it ends with the same bytes as an uninterrupted run.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import parallel
+from data import collate, encode, load_tokenizer, read_generated, read_jsonl, read_rows, to_pair, write_jsonl
+from loss import sequence_logps, sft_loss, spin_loss, spin_margin
+from recipe import at, check_run, fail, iter_dir, parse, save_run, theta
+
+
+def main(argv=None):
+    recipe, args = parse(argv, __doc__.split("\n")[0], ("--iter", dict(type=int, required=True, help="iteration t")),
+                         ("--pairs", dict(nargs="+", default=[], help="train on these pairs, not on the run's own")))
+    t, out = args.iter, iter_dir(args.run, args.iter, recipe.objective)
+    check_run(recipe, args.run)
+    if (out / "model").is_dir():
+        return print(f"{out / 'model'} is there already: nothing to do")
+    start = theta(recipe, args.run, t, recipe.objective)
+    tokenizer = load_tokenizer(start, recipe)
+    pairs = load_pairs(recipe, args, tokenizer)
+    note = {"start": start, "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest()}
+
+    with parallel.join() as world:
+        if world.rank == 0:
+            print(f"theta_{t} ({start}) trains on {len(pairs)} pairs, objective {recipe.objective}")
+            save_run(recipe, args.run)
+            out.mkdir(parents=True, exist_ok=True)
+        dtype = parallel.compute_dtype(recipe.dtype, world.device)
+        model = parallel.load_model(start, recipe, world, torch.float32)
+        model = parallel.shard(model, world, dtype, recipe.recompute)
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha)  # Appendix B.1: no weight decay
+        done = parallel.load_checkpoint(out / "checkpoint", note, model, optimizer)
+        opponent = None
+        if recipe.objective == "spin":  # the policy is still θ_t, unless a checkpoint was loaded
+            path = out / "opponent.jsonl"
+            opponent = load_opponent(path, pairs) if done else score_opponent(model, pairs, recipe, t, world, path)
+        train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done)
+        parallel.export(model, tokenizer, out / "model", world)
+        if world.rank == 0:
+            shutil.rmtree(out / "checkpoint", ignore_errors=True)
+            print(f"{out / 'model'}: theta_{t + 1}")
+
+
+def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done):
+    """Two epochs of minibatch steps from step `done` on; one line of metrics.jsonl each. θ_t in, θ_{t+1} out, in place."""
+    steps = [batch for epoch in range(recipe.epochs) for batch in batches(len(pairs), recipe, t, epoch)]
+    lam, peak = at(recipe.lam, t), at(recipe.lr, t)
+    bar = tqdm(steps[done:], desc=f"{recipe.objective} {t}", unit="step", initial=done, total=len(steps),
+               disable=world.rank > 0)
+    if world.rank == 0:
+        keep_metrics(out / "metrics.jsonl", done)
+    for step, batch in enumerate(bar, done):
+        begun, lr = time.perf_counter(), learning_rate(step, len(steps), peak, recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = 0.0
+        for rows, weight in micro_batches(batch, pairs, recipe, world):
+            logps = score(model, rows, recipe.objective, world.device)
+            if recipe.objective == "sft":
+                values = {"loss": sft_loss(logps)}  # Eq. (3.1)
+            else:
+                values = play(logps, opponent[[row["index"] for row in rows]].to(logps), lam, recipe.ell)
+            # FSDP averages gradients over the ranks, and ranks may hold different numbers of pairs: weigh by pairs
+            ((values["loss"] * weight.to(world.device)).sum() * world.size / len(batch)).backward()
+            sums += measure(values, rows, weight)
+        norm = parallel.clip_gradients(model, recipe.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        means = dict(zip([*values, *LENGTHS], (parallel.all_sum(sums) / len(batch)).tolist()))
+        if "margin" in means:
+            means["margin_std"] = math.sqrt(max(0.0, means["margin_std"] - means["margin"] ** 2))  # was the mean square
+        speed = means.pop("tokens") * len(batch) / (time.perf_counter() - begun)
+        row = {"step": step, "epoch": step * recipe.epochs // len(steps), **dict.fromkeys(MEANS), **means,
+               "grad_norm": norm, "lr": lr, "tokens_per_s": speed}
+        if world.rank == 0:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in ("loss", "win_rate", "tokens_per_s") if row[k] is not None))
+        if not math.isfinite(row["loss"] + norm):
+            bar.close()
+            fail(f"step {step} of iteration {t}: loss {row['loss']}, gradient norm {norm}; the last good checkpoint "
+                 f"stays in {out / 'checkpoint'}; lower --lr, or look at the pairs of this step")
+        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < len(steps):
+            parallel.save_checkpoint(out / "checkpoint", step + 1, note, model, optimizer, world)
+
+
+def play(logps, opponent, lam, ell) -> dict:
+    """The game of one micro-batch, pair by pair. logps (2B,): log p_θ, real ones first; opponent (B, 2): log p_θt."""
+    real, generated = logps.chunk(2)
+    opponent_real, opponent_generated = opponent.unbind(1)
+    margin = spin_margin(real, generated, opponent_real, opponent_generated, lam).detach()
+    return {"loss": spin_loss(real, generated, opponent_real, opponent_generated, lam, ell),  # Eq. (4.7)
+            "margin": margin, "margin_std": margin**2, "win_rate": (margin > 0) + 0.5 * (margin == 0),
+            "logratio_real": real - opponent_real, "logratio_generated": generated - opponent_generated}
+
+
+def score(model, rows, objective, device):
+    """log p_θ of both halves of the pairs in one pass: (2B,), the real ones first; of the real ones alone, (B,), for SFT."""
+    sequences = [row["real"] for row in rows] + ([row["generated"] for row in rows] if objective == "spin" else [])
+    return sequence_logps(model, *collate(sequences, device))
+
+
+# ---- the frozen opponent -----------------------------------------------------------------------------------------
+
+def score_opponent(model, pairs, recipe, t, world, path):
+    """log p_θt(y|x) and log p_θt(y'|x) of all pairs, (N, 2), and opponent.jsonl.
+
+    In the very micro-batches of the first epoch: the same shapes through the same kernels give the same bits, so
+    the first margins are zero in bf16 too.
+    """
+    scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in tqdm(batches(len(pairs), recipe, t, 0), desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
+            for rows, weight in micro_batches(batch, pairs, recipe, world):
+                logps = score(model, rows, "spin", world.device).view(2, -1).T.double().cpu()
+                for row, pair_scores, w in zip(rows, logps, weight):
+                    if w:
+                        scores[row["index"]] = pair_scores
+    model.reshard()  # FSDP2 leaves the root unsharded after a pass without gradient
+    parallel.all_sum(scores)  # every pair was scored by one rank; the others hold zeros
+    if world.rank == 0:
+        write_jsonl(path, ({"id": pair["id"], "iter": pair["iter"], "logp_real": real, "logp_generated": generated}
+                           for pair, (real, generated) in zip(pairs, scores.tolist())))
+    return scores
+
+
+def load_opponent(path, pairs):
+    """The scores that this iteration wrote before its checkpoint, (N, 2), joined by (iter, id)."""
+    if not path.exists():
+        fail(f"{path} is missing but {path.parent / 'checkpoint'} is there: delete the checkpoint to start anew")
+    found = {(row["iter"], row["id"]): (row["logp_real"], row["logp_generated"]) for row in read_jsonl(path)}
+    if set(found) != {(pair["iter"], pair["id"]) for pair in pairs}:
+        fail(f"{path} scores other pairs than this iteration's: delete it and {path.parent / 'checkpoint'}")
+    return torch.tensor([found[pair["iter"], pair["id"]] for pair in pairs], dtype=torch.float64)
+
+
+# ---- pairs, batches, schedule ------------------------------------------------------------------------------------
+
+def load_pairs(recipe, args, tokenizer) -> list[dict]:
+    """The pairs of iteration t as token ids: {"id", "iter", "index", "real": (ids, mask), "generated": (ids, mask)}.
+
+    Iteration t ≥ 1 trains on its own pairs and those of t − 1 (Section 6.1), all scored by θ_t.
+    """
+    t, prompts, seen, pairs = args.iter, {}, set(), []
+    for row in read_pairs(recipe, args):
+        key, text = (row["iter"], row["id"]), (row.get("system"), row["prompt"], row["real"])
+        if key in seen:
+            fail(f"the pair with iter {key[0]} and id {key[1]} occurs twice: the files do not belong together")
+        if prompts.setdefault(row["id"], text) != text:
+            fail(f"id {row['id']} has another prompt in iteration {row['iter']}: the pairs are not of one SFT set")
+        seen.add(key)
+        if not row["real"].strip():
+            fail(f"the pair with iter {key[0]} and id {key[1]} has an empty response")
+        answer = row.get("generated_ids", row.get("generated"))  # sampled ids as they are: decoding loses the split
+        if isinstance(answer, list) and (not answer or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in answer)
+                                         or (answer[-1] == tokenizer.eos_token_id) != (row["finish"] == "eos")):
+            fail(f"the pair with iter {key[0]} and id {key[1]} was not sampled with this model's tokenizer")
+        pair = {k: encode(tokenizer, recipe.template, row, response, recipe.max_length)
+                for k, response in (("real", row["real"]), ("generated", answer))}
+        if not all(any(mask) for _, mask in pair.values()):
+            fail(f"the prompt of id {row['id']} alone fills --max-length {recipe.max_length}")
+        pairs.append({"id": row["id"], "iter": row["iter"], "index": len(pairs), **pair})
+    return pairs
+
+
+def read_pairs(recipe, args):
+    """Rows of generated.jsonl of the latest iterations, or of the files of --pairs in any shape that holds y'."""
+    if not args.pairs:
+        for s in range(max(0, args.iter + 1 - at(recipe.mix, args.iter)), args.iter + 1):
+            yield from read_generated(iter_dir(args.run, s) / "generated.jsonl", s)
+    number = 0
+    for source in args.pairs:
+        for line, row in enumerate(read_rows(source, recipe.split), 1):
+            pair = to_pair(row, f"{source}, row {line}")
+            if "generated" not in pair:
+                fail(f"{source}, row {line}: a pair needs a generated response beside the real one")
+            yield {"id": number, "iter": args.iter, **{k: v for k, v in pair.items() if k not in ("id", "iter")}}
+            number += 1
+
+
+def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
+    """The epoch's global batches: every pair once, in an order that depends on (seed, t, epoch) only."""
+    order = np.random.default_rng((recipe.seed, t, epoch)).permutation(n).tolist()
+    return [order[i:i + recipe.batch_size] for i in range(0, n, recipe.batch_size)]
+
+
+def micro_batches(batch, pairs, recipe, world):
+    """This rank's share of a global batch, in micro-batches: (rows, weight (B,)) each.
+
+    Sorted by length, so that what is padded together is of a length and ranks get equal work. All ranks make equally many
+    passes, as FSDP must; where pairs run out, a pair of another rank stands in with weight 0.
+    """
+    size = lambda i: len(pairs[i]["real"][0]) + len(pairs[i]["generated"][0])  # noqa: E731
+    order, width = sorted(batch, key=lambda i: (-size(i), i)), recipe.micro_batch * world.size
+    for begin in range(0, len(order), width):
+        everyone = order[begin:begin + width]
+        mine = everyone[world.rank::world.size]
+        weight = [1.0] * len(mine) if mine else [0.0]
+        yield [pairs[i] for i in mine or everyone[:1]], torch.tensor(weight)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warmup to the peak over a share of the steps, then linear decay that would reach zero one step after the last.
+
+    The first step is step 0 and moves already. Warmup is Appendix B.1's; the decay is the authors' code's, over the steps
+    that are really taken. It also tames RMSProp, whose first step is 1/√(1 − α) times the rate for want of a bias correction.
+    """
+    warm = max(1, math.ceil(warmup * steps))
+    return peak * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------------
+
+MEANS = ("loss", "margin", "margin_std", "win_rate", "logratio_real", "logratio_generated")  # null where undefined
+LENGTHS = ("length_real", "length_generated", "tokens")
+
+
+def measure(values: dict, rows, weight) -> torch.Tensor:
+    """The sums over this micro-batch's pairs of values, response lengths, and tokens passed through the model."""
+    lengths = [[sum(row[k][1]) for row in rows] for k in ("real", "generated")]
+    halves = ("real", "generated") if "margin" in values else ("real",)
+    columns = [v.detach().double().cpu() for v in values.values()]
+    columns += [torch.tensor(c).double() for c in (*lengths, [sum(len(row[k][0]) for k in halves) for row in rows])]
+    return torch.stack(columns) @ weight.double()
+
+
+def keep_metrics(path: Path, done: int):
+    """Keep the lines of the steps that the checkpoint holds; a kill may have left later ones, or half a line."""
+    lines = path.read_text().splitlines()[:done] if path.exists() and done else []
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in lines))
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    main()
