@@ -58,14 +58,15 @@ def spin_loss(policy_real: torch.Tensor, policy_generated: torch.Tensor,
     lam: λ of the paper's text, β of its experiments. ell: a name of ELL. Returns (B,), fp32 or wider.
     Raises KeyError for an unknown ell.
     """
-    return ELL[ell](spin_margin(policy_real, policy_generated, opponent_real, opponent_generated, lam))
+    margin = spin_margin(policy_real, policy_generated, opponent_real, opponent_generated, lam)
+    return ELL[ell](margin)  # Eq. (4.7): ℓ(margin)
 
 
 def spin_margin(policy_real, policy_generated, opponent_real, opponent_generated, lam: float = 0.1) -> torch.Tensor:
     """The argument of ℓ in Eq. (4.7), f(x, y) − f(x, y') with f = λ log p_θ/p_θt (4.6). Shapes as in spin_loss."""
     logratio_real = _wide(policy_real) - _wide(opponent_real)  # log p_θ(y|x) / p_θt(y|x)
     logratio_generated = _wide(policy_generated) - _wide(opponent_generated)  # log p_θ(y'|x) / p_θt(y'|x)
-    return lam * logratio_real - lam * logratio_generated  # Eq. (4.7), inside ℓ
+    return lam * logratio_real - lam * logratio_generated
 
 
 def sft_loss(policy_real: torch.Tensor) -> torch.Tensor:

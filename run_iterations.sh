@@ -21,11 +21,11 @@ fi
 plan=$("$python" "$here/recipe.py" --recipe "$recipe" "$@") || exit $?
 IFS=$'\t' read -r run iterations baseline <<<"$plan"
 
-launch=("$python")  # on the CPU one process, one thread: the same bytes everywhere, and a tiny model is no slower
+launch=("$python")
 if [[ $gpus -gt 0 ]]; then
   launch=("$python" -m torch.distributed.run --nproc_per_node "$gpus" --nnodes "$nodes" --node_rank "${NODE_RANK:-0}"
-          --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
-elif [[ $recipe == demo ]]; then
+          --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" --)  # -- : torchrun would take our --run for its own --run-path
+elif [[ $recipe == demo ]]; then  # one thread: the same bytes on any number of cores, and a tiny model is no slower
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import MICRO, THETA0, shell, torchrun
+from conftest import MICRO, REPO, THETA0, shell, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -106,3 +106,20 @@ def test_the_paper_recipe_without_enough_gpus_stops_with_one_line_that_names_the
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     line, = done.stderr.strip().splitlines()
     assert line.startswith("error: the paper recipe needs 8 GPUs") and f"found {gpus}" in line and "demo" in line
+
+
+def test_with_gpus_the_stages_are_launched_by_torchrun_with_one_rank_a_gpu(tmp_path):
+    """A node whose nvidia-smi lists two GPUs; the ranks themselves find no CUDA here and run on the CPU."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: x'\necho 'GPU 1: x'\n")
+    fake.chmod(0o755)
+    done = shell("bash", "run_iterations.sh", "demo", "--run", tmp_path / "run", *MICRO[2:], "--iterations", "1",
+                 env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": "29517", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "iter0" / "model").is_dir() and (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_readme_quotes_the_code_that_runs():
+    quoted = (REPO / "README.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
+    code = [line.strip() for line in (REPO / "loss.py").read_text().splitlines()]
+    assert len(quoted) == 5 and all(line in code for line in quoted if line != "...")

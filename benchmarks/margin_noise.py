@@ -1,0 +1,48 @@
+"""How much noise bf16 puts into the margins of step 0, where policy and opponent are the same model and all should be 0.
+
+    python benchmarks/margin_noise.py --recipe demo --run runs/demo [--dtype bf16] [any flag of the stages]
+
+Needs RUN/iter0/generated.jsonl. Scores every pair as the opponent does, in the first epoch's micro-batches, and then
+again (a) in the same micro-batches, as step 0 does, and (b) as a control in the second epoch's, where a pair has other
+neighbours and other padding. The standard deviation of the margin, over all pairs, for the paper's two λ.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import parallel  # noqa: E402
+import recipe as recipes  # noqa: E402
+import train  # noqa: E402
+from data import load_tokenizer  # noqa: E402
+
+
+def main():
+    recipe, args = recipes.parse(["--dtype", "bf16", *sys.argv[1:]], "", ("--pairs", dict(default=[])))
+    args.iter = 0
+    start = recipes.theta(recipe, args.run, 0)
+    pairs = train.load_pairs(recipe, args, load_tokenizer(start, recipe))
+    with parallel.join() as world, tempfile.TemporaryDirectory() as folder:
+        model = parallel.load_model(start, recipe, world, torch.float32)
+        model = parallel.shard(model, world, parallel.compute_dtype(recipe.dtype, world.device))
+        opponent = train.score_opponent(model, pairs, recipe, 0, world, Path(folder) / "opponent.jsonl")
+        print(f"{start}, {len(pairs)} pairs, {recipe.dtype}, {world.device.type}, micro-batches of {recipe.micro_batch} pairs")
+        print("| the policy scores in | std of the margin, λ = 0.1 | λ = 5 | largest log-ratio |\n|---|---|---|---|")
+        for epoch, name in ((0, "the opponent's micro-batches"), (1, "other micro-batches (control)")):
+            again = torch.zeros_like(opponent)
+            with torch.no_grad():
+                for batch in train.batches(len(pairs), recipe, 0, epoch):
+                    for rows, weight in train.micro_batches(batch, pairs, recipe, world):
+                        if weight.any():
+                            logps = train.score(model, rows, "spin", world.device).view(2, -1).T
+                            again[[row["index"] for row in rows]] = logps.double().cpu()
+            ratio = again - opponent
+            margin = ratio[:, 0] - ratio[:, 1]
+            print(f"| {name} | {0.1 * margin.std():.2g} | {5 * margin.std():.2g} | {ratio.abs().max():.2g} |")
+
+
+if __name__ == "__main__":
+    main()
