@@ -190,9 +190,9 @@ def collate(rows: list[tuple[list[int], list[int]]], device):
     The attention mask comes from the lengths: an EOS inside the sequence is attended to, padding never is.
     """
     import torch
-    length = max(len(ids) for ids, _ in rows)
-    columns = [(ids, [1] * len(ids), mask) for ids, mask in rows]
-    return [torch.tensor([row + [0] * (length - len(row)) for row in column], device=device) for column in zip(*columns)]
+    columns = [(ids, np.ones(len(ids)), mask) for ids, mask in rows]
+    return [torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in column],
+                                            batch_first=True).to(device) for column in zip(*columns)]
 
 
 def holds_special(tokenizer, text: str) -> bool:

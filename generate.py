@@ -42,7 +42,7 @@ def main(argv=None):
         if world.rank == 0:
             print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(counts)})")
             save_run(recipe, args.run)
-            parts[0].parent.mkdir(parents=True, exist_ok=True)
+        parts[0].parent.mkdir(parents=True, exist_ok=True)
         parallel.barrier()
         model = load_opponent(opponent, recipe, world)
         bar = tqdm(missing[world.rank::world.size], desc=f"generate {t}", unit="chunk", disable=world.rank > 0)

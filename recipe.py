@@ -3,7 +3,7 @@
 The default values are the paper's (Section 6.1 and Appendix B.1 of arXiv 2401.01335v3); RECIPES lists what `small`
 and `demo` do otherwise. Flags are generated from the dataclass. A run directory keeps its recipe in recipe.json and
 refuses any other. This file also answers run_iterations.sh:
-    python recipe.py --recipe demo         prints the recipe, then one line: run directory, iterations, baseline
+    python recipe.py --recipe demo         checks the flags; prints run directory, iterations, baseline
 """
 
 import argparse
@@ -45,9 +45,9 @@ class Recipe:
     eval_split: str = knob("test_sft", "split of --eval-data, if it is a hub id")
     eval_prompts: int = knob(500, "held-out prompts; our choice", POSITIVE)
     template: str = knob("paper", "'paper' (Appendix B.1), 'chat' (the tokenizer's own) or a string with {prompt}")
-    iterations: int = knob(4, "iterations T of Algorithm 1", POSITIVE)
+    iterations: int = knob(4, "iterations T of Algorithm 1", POSITIVE, None, False)
     seed: int = knob(0, "seed of the subset, the sampling and the order of the pairs", NOT_NEGATIVE)
-    sft_baseline: bool = knob(False, "also run continued SFT for the same steps (the paper's Table 5)")
+    sft_baseline: bool = knob(False, "also run continued SFT for the same steps (the paper's Table 5)", tied=False)
 
     # stage 1: y' ~ p_θt, the plain distribution of Algorithm 1
     temperature: float = knob(1.0, "sampling temperature of y'; 0 is greedy", NOT_NEGATIVE)
@@ -103,6 +103,14 @@ def locate(name: str) -> str:
     return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def words(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (--help lists every flag)")
@@ -114,22 +122,19 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
     stage_flags: (name, argparse keywords) each. Knobs: dataclass defaults < RECIPES[--recipe] < flags.
     Ends with exit code 2 and one line where a value breaks its rule.
     """
-    parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="which table of knobs to start from")
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="which table of knobs to start from (default: paper)")
     parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", dest="run",
                         help="run directory (default: runs/RECIPE); under torchrun, whose own --run-path makes --run "
                         "ambiguous, write --run-dir, or -- before the script")
     for name, keywords in stage_flags:
         parser.add_argument(name, **keywords)
     for f in dataclasses.fields(Recipe):
-        keywords = dict(help=f.metadata["help"], choices=f.metadata["choices"], default=argparse.SUPPRESS)
-        if isinstance(f.default, bool):
-            keywords = dict(help=f.metadata["help"], action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        elif isinstance(f.default, tuple):
-            keywords.update(nargs="+", type=type(f.default[0]))
-        else:
-            keywords.update(type=type(f.default))
-        parser.add_argument("--" + f.name.replace("_", "-"), **keywords)
+        first = f.default[0] if isinstance(f.default, tuple) else f.default
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(first, bool) else
+                dict(type=type(first), choices=f.metadata["choices"], nargs="+" if isinstance(f.default, tuple) else None))
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default: {words(f.default) or 'none'})")
     args = parser.parse_args(argv)
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     if "model" in asked:
@@ -148,7 +153,7 @@ def _check_values(recipe: Recipe):
         value, rule = getattr(recipe, f.name), f.metadata["check"]
         for v in value if isinstance(value, tuple) else (value,):
             if rule and not (math.isfinite(v) and HOLDS[rule](v)):
-                fail(f"--{f.name.replace('_', '-')} {rule}, got {v}")
+                fail(f"{flag(f.name)} {rule}, got {v}")
     if recipe.template not in ("paper", "chat") and "{prompt}" not in recipe.template:
         fail(f"--template must be 'paper', 'chat' or a string that holds {{prompt}}, got {recipe.template!r}")
     if recipe.max_new_tokens >= recipe.max_length:
@@ -204,9 +209,11 @@ def check_run(recipe: Recipe, run: Path):
 
 
 def save_run(recipe: Recipe, run: Path):
-    """Write recipe.json, once: every knob as resolved, but for those that may change within a run."""
+    """Print and write recipe.json, once: every knob as resolved, but for those that may change within a run."""
     path = run / "recipe.json"
     if not path.exists():
+        for f in dataclasses.fields(recipe):
+            print(f"{f.name:18}{words(getattr(recipe, f.name))}")
         run.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         tied = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.metadata["tied"]}
@@ -218,9 +225,6 @@ def main(argv=None):
     recipe, args = parse(argv, __doc__.split("\n")[0])
     check_run(recipe, args.run)
     check_model(recipe.model)
-    for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
-        print(f"{f.name:18}{' '.join(map(str, value)) if isinstance(value, tuple) else value}", file=sys.stderr)
     print(args.run, recipe.iterations, int(recipe.sft_baseline), sep="\t")
 
 

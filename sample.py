@@ -28,7 +28,8 @@ class InverseCDF(LogitsProcessor):
         step = input_ids.shape[1] - self.prompt_length
         scores = self.warp(input_ids, scores.float() / self.temperature)  # (B, V)
         cdf = scores.softmax(-1).double().cumsum(-1)
-        token = (cdf <= self.u[:, step, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+        u = self.u[:, step, None]
+        token = (cdf <= u * cdf[:, -1:]).sum(-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, token.clamp(max=scores.shape[-1] - 1), 0.0)
 
 

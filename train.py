@@ -38,13 +38,13 @@ def main(argv=None):
     start = theta(recipe, args.run, t, recipe.objective)
     tokenizer = load_tokenizer(start, recipe)
     pairs = load_pairs(recipe, args, tokenizer)
-    note = {"start": start, "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest()}
+    note = {"start": start, "pairs": fingerprint(pairs)}
 
     with parallel.join() as world:
         if world.rank == 0:
             print(f"theta_{t} ({start}) trains on {len(pairs)} pairs, objective {recipe.objective}")
             save_run(recipe, args.run)
-            out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         dtype = parallel.compute_dtype(recipe.dtype, world.device)
         model = parallel.load_model(start, recipe, world, torch.float32)
         model = parallel.shard(model, world, dtype, recipe.recompute)
@@ -158,6 +158,7 @@ def load_opponent(path, pairs):
 
 def load_pairs(recipe, args, tokenizer) -> list[dict]:
     """The pairs of iteration t as token ids: {"id", "iter", "index", "real": (ids, mask), "generated": (ids, mask)}.
+    The ids (T,) are int32 and the masks int8 arrays: 100,000 pairs as lists of Python numbers would fill a node's memory.
 
     Iteration t ≥ 1 trains on its own pairs and those of t − 1 (Section 6.1), all scored by θ_t.
     """
@@ -179,8 +180,18 @@ def load_pairs(recipe, args, tokenizer) -> list[dict]:
                 for k, response in (("real", row["real"]), ("generated", answer))}
         if not all(any(mask) for _, mask in pair.values()):
             fail(f"the prompt of id {row['id']} alone fills --max-length {recipe.max_length}")
-        pairs.append({"id": row["id"], "iter": row["iter"], "index": len(pairs), **pair})
+        compact = {k: (np.array(ids, np.int32), np.array(mask, np.int8)) for k, (ids, mask) in pair.items()}
+        pairs.append({"id": row["id"], "iter": row["iter"], "index": len(pairs), **compact})
     return pairs
+
+
+def fingerprint(pairs) -> str:
+    """A hash of the pairs' tokens, by which a checkpoint knows what it was trained on."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for part in (*pair["real"], *pair["generated"]):
+            digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 def read_pairs(recipe, args):
@@ -237,7 +248,7 @@ LENGTHS = ("length_real", "length_generated", "tokens")
 
 def measure(values: dict, rows, weight) -> torch.Tensor:
     """The sums over this micro-batch's pairs of values, response lengths, and tokens passed through the model."""
-    lengths = [[sum(row[k][1]) for row in rows] for k in ("real", "generated")]
+    lengths = [[row[k][1].sum() for row in rows] for k in ("real", "generated")]
     halves = ("real", "generated") if "margin" in values else ("real",)
     columns = [v.detach().double().cpu() for v in values.values()]
     columns += [torch.tensor(c).double() for c in (*lengths, [sum(len(row[k][0]) for k in halves) for row in rows])]

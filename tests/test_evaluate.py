@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -79,8 +80,7 @@ def test_the_report_shows_every_iteration_and_loads_nothing_from_elsewhere(playe
 
 
 def test_the_report_escapes_what_came_from_outside(played):
-    summary = json.loads(json.dumps({"recipe": "demo", "knobs": {"template": "<script>{prompt}"},
-                                     "spin": [json.loads((played / "eval.json").read_text())] * 2, "sft": []}))
+    summary = {"recipe": {"template": "<script>{prompt}"}, "spin": [json.loads((played / "eval.json").read_text())] * 2, "sft": []}
     assert "<script" not in report.page(summary, "<script>") and "&lt;script&gt;" in report.page(summary, "<script>")
 
 
@@ -123,3 +123,8 @@ def test_the_readme_quotes_the_code_that_runs():
     quoted = (REPO / "README.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
     code = [line.strip() for line in (REPO / "loss.py").read_text().splitlines()]
     assert len(quoted) == 5 and all(line in code for line in quoted if line != "...")
+    readme, tests = (REPO / "README.md").read_text(), "".join(p.read_text() for p in (REPO / "tests").glob("*.py"))
+    for file, line in re.findall(r"`(\w+\.py)`: `([^`]+)` \|", readme):
+        assert line in (REPO / file).read_text(), line
+    named = re.findall(r"`(test_\w+)(…?)`", readme)
+    assert len(named) > 12 and all(f"def {name}" in tests for name, _ in named)
