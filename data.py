@@ -6,13 +6,14 @@ An SFT set is a hub id, or a .jsonl, .json or .parquet file, in one of the shape
 """
 
 import collections
+import functools
+import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
-from recipe import fail, locate
+from recipe import fail, locate, write_whole
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
 
@@ -34,7 +35,7 @@ def read_rows(source: str, split: str = "train"):
             rows = list(read_jsonl(path))
     except (OSError, ValueError) as problem:
         fail(f"cannot read {path}: {problem}")
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         fail(f"{path} holds no rows: a list of objects is wanted")
     return rows
 
@@ -51,27 +52,21 @@ def _hub_rows(source: str, split: str):
 
 def read_jsonl(path: Path):
     """The objects of a JSONL file. Ends with file and line number at a line that is not one."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig"))
                     if not isinstance(row, dict):
                         raise ValueError("not an object")
-                except ValueError as problem:
+                except ValueError as problem:  # of JSON, or of UTF-8
                     fail(f"{path}, line {number}: {problem}")
                 yield row
 
 
 def write_jsonl(path: Path, rows):
-    """Write rows as JSONL, whole or not at all: a .part file, renamed when it is on disk."""
-    part = Path(f"{path}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write rows as JSONL, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------
@@ -98,7 +93,7 @@ def _alpaca(row) -> dict:
 
 
 SHAPES = {  # the fields that tell a shape -> the pair in it; the first whose fields are all there is taken
-    ("prompt", "real", "generated", "generated_ids", "finish"): dict,  # generated.jsonl itself
+    ("prompt", "real", "generated"): dict,  # generated.jsonl itself, or pairs as plain text
     ("real", "generated"): lambda r: _conversations(r, "real", "generated"),  # the authors' published sets
     ("messages",): lambda r: _first_round(r["messages"]),  # UltraChat
     ("instruction", "output"): _alpaca,
@@ -114,9 +109,8 @@ def to_pair(row: dict, where: str) -> dict:
         if all(name in row for name in names):
             try:
                 pair = read(row)
-                wrong = [k for k in ("prompt", "real", "system", "generated") if not isinstance(pair.get(k, ""), str)]
-                if wrong:
-                    raise TypeError(f"{wrong[0]} is not text")
+                for name in ("prompt", "real", "system", "generated"):
+                    pair.get(name, "").encode()  # text, and without lone surrogates
                 return pair
             except (KeyError, TypeError, ValueError, AttributeError) as problem:
                 fail(f"{where}: the row has the shape {'/'.join(names)}, but {type(problem).__name__}: {problem}")
@@ -127,13 +121,13 @@ def to_pair(row: dict, where: str) -> dict:
 # ---- text to tokens ------------------------------------------------------------------------------------------
 
 def load_tokenizer(name: str, recipe):
-    """The tokenizer of a model, checked against the model's config and the recipe before any weight is read."""
+    """The tokenizer of a model and the size of the model's head, checked together before any weight is read."""
     from transformers import AutoConfig, AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     revision = (recipe.revision if name == recipe.model else "") or None
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as problem:  # transformers raises many kinds here; each means there is no usable model
         fail(f"cannot load the tokenizer and config of {name}: {type(problem).__name__}: {str(problem)[:300]}")
@@ -144,7 +138,7 @@ def load_tokenizer(name: str, recipe):
     context = getattr(config, "max_position_embeddings", None)
     if context and recipe.max_length > context:
         fail(f"--max-length {recipe.max_length} is more than the {context} positions of {name}; give --max-length {context}")
-    return tokenizer
+    return tokenizer, config.vocab_size
 
 
 def render(tokenizer, template: str, prompt: str, system: str = "") -> str:
@@ -152,9 +146,11 @@ def render(tokenizer, template: str, prompt: str, system: str = "") -> str:
     if template == "chat":
         if not tokenizer.chat_template:
             fail("this tokenizer has no chat template: use --template paper, or a string with {prompt}")
-        messages = [{"role": "system", "content": system}] if system else []
-        return tokenizer.apply_chat_template(messages + [{"role": "user", "content": prompt}],
-                                             tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as problem:  # a template may refuse by any exception, a system message for instance
+            fail(f"the chat template refuses a prompt ({problem}): use --template paper, or a string with {{prompt}}")
     text = PAPER_TEMPLATE if template == "paper" else template
     return text.replace("{prompt}", f"{system}\n\n{prompt}" if system else prompt)
 
@@ -177,7 +173,7 @@ def encode(tokenizer, template: str, pair: dict, response: str | list[int] | Non
     if isinstance(response, str):
         after = text[len(head):] + response
         whole = tokenizer(head + after, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
-        if whole[:len(ids)] != ids or holds_special(tokenizer, response):  # tokens merge across the boundary
+        if whole[:len(ids)] != ids or not literal and holds_special(tokenizer, response):  # e.g. merged at the boundary
             whole = ids + tokenizer(after, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         response = whole[len(ids):] + [tokenizer.eos_token_id] * eos
     mask = [0] * len(bos + ids) + [1] * len(response or [])
@@ -195,9 +191,16 @@ def collate(rows: list[tuple[list[int], list[int]]], device):
                                             batch_first=True).to(device) for column in zip(*columns)]
 
 
+@functools.lru_cache(maxsize=8)
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    """Every special token's text, those included that have no role, such as <repo_name>."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple({*tokenizer.all_special_tokens, *added})
+
+
 def holds_special(tokenizer, text: str) -> bool:
     """Whether text spells out a special token, such as </s>."""
-    return any(token in text for token in tokenizer.all_special_tokens)
+    return any(token in text for token in special_tokens(tokenizer))
 
 
 def parses_specials(tokenizer, template: str) -> bool:
@@ -221,7 +224,7 @@ def select(rows, source: str, tokenizer, template: str, number: int, seed: int, 
     of max_length; text that would be read as a special token. A response that is too long is cut, and counted.
     """
     pairs, seen, counts = [], set(), collections.Counter()
-    for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
+    for index in np.random.default_rng((seed, 0, 0, 3)).permutation(len(rows)).tolist():  # 3: a stream of its own
         if len(pairs) == number:
             break
         pair = {"id": index, **to_pair(rows[index], f"{source}, row {index + 1}")}
@@ -251,14 +254,30 @@ def counts_line(counts: dict) -> str:
     return ", ".join(f"{name}: {number}" for name, number in counts.items() if number)
 
 
-def read_generated(path: Path, iteration: int) -> list[dict]:
+def check_prompts(path: Path, pairs: list[dict]) -> dict:
+    """What RUN/prompts.json holds: the number and a hash of the run's prompts and human answers. Refuses pairs of others."""
+    digest = hashlib.sha256()
+    for pair in sorted(pairs, key=lambda pair: pair["id"]):
+        digest.update(json.dumps([pair["id"], pair.get("system"), pair["prompt"], pair["real"]]).encode())
+    mine = {"prompts": len(pairs), "sha256": digest.hexdigest()}
+    if path.exists() and json.loads(path.read_text()) != mine:
+        fail(f"{len(pairs)} pairs that are not those of {path}: the SFT set or generated.jsonl has changed since the run "
+             "began; restore it, or choose another --run")
+    return mine
+
+
+def read_generated(path: Path, iteration: int, vocabulary: int, eos: int) -> list[dict]:
     """The rows of an iteration's generated.jsonl; ends with one line if they are not that iteration's."""
     if not path.exists():
         fail(f"{path} is missing: run generate.py --iter {iteration} first")
     rows = list(read_jsonl(path))
     for number, row in enumerate(rows, 1):
-        if missing := [k for k in ("id", "iter", "prompt", "real", "generated_ids", "finish") if k not in row]:
-            fail(f"{path}, line {number}: no field {missing[0]!r}; it was not written by generate.py")
-        if row["iter"] != iteration:
-            fail(f"{path}, line {number}: a pair of iteration {row['iter']} in the file of iteration {iteration}")
+        where, ids = f"{path}, line {number}", row.get("generated_ids")
+        to_pair(row, where)
+        if type(row.get("id")) is not int or row.get("iter") != iteration:
+            fail(f"{where}: id {row.get('id')!r} of iteration {row.get('iter')!r} in the file of iteration {iteration}")
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+            fail(f"{where}: generated_ids are not token ids of this model")
+        if (ids[-1] == eos) != (row.get("finish") == "eos"):
+            fail(f"{where}: finish is {row.get('finish')!r}, but the ids say otherwise; they are of another tokenizer")
     return rows

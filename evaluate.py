@@ -24,7 +24,7 @@ from tqdm import tqdm
 import parallel
 from data import collate, counts_line, encode, load_tokenizer, read_rows, select
 from loss import sequence_logps, spin_margin
-from recipe import at, check_model, check_run, fail, iter_dir, parse, save_run, theta
+from recipe import at, check_model, check_run, fail, iter_dir, parse, save_run, theta, write_whole
 from sample import sample, uniforms
 
 COLUMNS = ("exact_probability", "greedy", "nll", "tokens", "win", "margin", "eos", "length")  # a row of figures a prompt
@@ -39,7 +39,7 @@ def main(argv=None):
     policy, opponent, t, out = contestants(recipe, args)
     if out and out.exists():
         return print(f"{out} is there already: nothing to do")
-    tokenizer = load_tokenizer(policy, recipe)
+    tokenizer, _ = load_tokenizer(policy, recipe)
     pairs, counts = select(read_rows(recipe.eval_data, recipe.eval_split), recipe.eval_data, tokenizer,
                            recipe.template, recipe.eval_prompts, recipe.seed, recipe.max_length, recipe.max_new_tokens)
     for pair in pairs:
@@ -49,20 +49,18 @@ def main(argv=None):
     with parallel.join() as world:
         if world.rank == 0:
             print(f"evaluates {policy} on {len(pairs)} held-out prompts ({counts_line(counts)})")
-            if args.iter is not None or args.theta0:
-                save_run(recipe, args.run)
         mine = pairs[world.rank::world.size]
-        table = torch.full((len(pairs), len(COLUMNS)), 0.0, dtype=torch.float64)
+        table = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float64)
         rows = play_held_out(policy, opponent, mine, tokenizer, recipe, t, world)
-        table[world.rank::world.size] = torch.tensor(rows, dtype=torch.float64).view(-1, len(COLUMNS))
+        table[world.rank::world.size] = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
         table = parallel.all_sum(table).numpy()  # each row was filled by one rank
         if world.rank == 0:
             result = summarise(table, bool(opponent))
             print("  ".join(f"{k} {v:.4g}" for k, v in result.items() if v is not None and not k.endswith("_stderr")))
+            if args.iter is not None or args.theta0:
+                save_run(recipe, args.run)
             if out:
-                part = Path(f"{out}.part")
-                part.write_text(json.dumps(result, indent=1) + "\n")
-                part.replace(out)
+                write_whole(out, json.dumps(result, indent=1) + "\n")
 
 
 def contestants(recipe, args):
@@ -70,6 +68,8 @@ def contestants(recipe, args):
     if args.iter is not None and args.theta0:
         fail("--iter T and --theta0 exclude each other")
     if args.iter is None and not args.theta0:
+        if args.out and not args.out.parent.is_dir():
+            fail(f"--out {args.out}: there is no directory {args.out.parent}")
         return check_model(recipe.model), args.opponent and check_model(args.opponent), 0, args.out
     if args.opponent or args.out:
         fail("--opponent and --out go with --model alone; a run's iteration has its own opponent and its own eval.json")
@@ -85,17 +85,16 @@ def contestants(recipe, args):
 def play_held_out(policy, opponent, pairs, tokenizer, recipe, t, world) -> list[list[float]]:
     """One row of COLUMNS for each pair of this rank. One model is in memory at a time: the opponent plays first."""
     chunks = [pairs[i:i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
-    dtype = parallel.compute_dtype(recipe.dtype, world.device)
     bar = tqdm(total=len(chunks) * (2 if opponent else 1), desc="evaluate", unit="chunk", disable=world.rank > 0)
     played = []  # of each chunk: the opponent's answers, log p_θt of the real and of the generated
     if opponent:
-        model = parallel.load_model(opponent, recipe, world, dtype).to(world.device)
+        model = parallel.load_frozen(opponent, recipe, world)
         for chunk in chunks:
             generated = [encode_ids(pair, ids) for pair, (ids, _) in zip(chunk, draw(model, tokenizer, chunk, recipe, t))]
             played.append((generated, logps(model, [p["real"] for p in chunk], recipe), logps(model, generated, recipe)))
             bar.update()
         del model
-    model = parallel.load_model(policy, recipe, world, dtype).to(world.device)
+    model = parallel.load_frozen(policy, recipe, world)
     rows = []
     for k, chunk in enumerate(chunks):
         real = logps(model, [pair["real"] for pair in chunk], recipe)
@@ -104,6 +103,8 @@ def play_held_out(policy, opponent, pairs, tokenizer, recipe, t, world) -> list[
         if opponent:
             generated, opponent_real, opponent_generated = played[k]
             margin = spin_margin(real, logps(model, generated, recipe), opponent_real, opponent_generated, at(recipe.lam, t))
+            tie = torch.tensor([y == pair["real"] for y, pair in zip(generated, chunk)])
+            margin[tie] = 0.0  # which rounding would decide one way or the other
         else:
             margin = torch.zeros(len(chunk))
         for pair, logp, (answer, _), (drawn, finish), m in zip(chunk, real.tolist(), greedy, own, margin.tolist()):

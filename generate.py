@@ -10,6 +10,7 @@ writes whole chunks (generated.part/), and a rerun samples only what is missing.
 threads the file has the same bytes for any number of ranks and restarts; sample.py says what may differ elsewhere.
 """
 
+import json
 import shutil
 import time
 
@@ -17,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 import parallel
-from data import counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
-from recipe import check_run, fail, iter_dir, parse, save_run, theta
+from data import check_prompts, counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
+from recipe import check_run, fail, iter_dir, parse, save_run, theta, write_whole
 from sample import sample, uniforms
 
 
@@ -27,24 +28,26 @@ def main(argv=None):
     t, out = args.iter, iter_dir(args.run, args.iter) / "generated.jsonl"
     check_run(recipe, args.run)
     if out.exists():
+        shutil.rmtree(out.with_name("generated.part"), ignore_errors=True)  # a kill may have come between
         return print(f"{out} is there already: nothing to do")
     opponent = theta(recipe, args.run, t)
-    tokenizer = load_tokenizer(opponent, recipe)
+    tokenizer, _ = load_tokenizer(opponent, recipe)
     pairs, counts = select(read_rows(recipe.data, recipe.split), recipe.data, tokenizer, recipe.template,
                            recipe.num_prompts, recipe.seed, recipe.max_length, recipe.max_new_tokens)
+    prompts = check_prompts(args.run / "prompts.json", pairs)
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))  # longest first: a memory failure comes at once
     chunks = [pairs[i:i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [out.with_name("generated.part") / f"{k:06}.jsonl" for k in range(len(chunks))]
     missing = [k for k in range(len(chunks)) if not is_whole(parts[k], chunks[k])]
 
     with parallel.join() as world:
-        parallel.barrier()  # nobody writes before everybody has seen what is missing
+        model = parallel.load_frozen(opponent, recipe, world)
+        parallel.barrier()  # nobody writes before everybody has seen what is missing and has its model
         if world.rank == 0:
             print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(counts)})")
             save_run(recipe, args.run)
+            write_whole(args.run / "prompts.json", json.dumps(prompts) + "\n")
         parts[0].parent.mkdir(parents=True, exist_ok=True)
-        parallel.barrier()
-        model = load_opponent(opponent, recipe, world)
         bar = tqdm(missing[world.rank::world.size], desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         begun, tokens = time.perf_counter(), 0
         for k in bar:
@@ -58,10 +61,6 @@ def main(argv=None):
             write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
             shutil.rmtree(parts[0].parent)
             print(f"{out}: {len(pairs)} answers")
-
-
-def load_opponent(name, recipe, world):
-    return parallel.load_model(name, recipe, world, parallel.compute_dtype(recipe.dtype, world.device)).to(world.device)
 
 
 def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:

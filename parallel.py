@@ -5,6 +5,7 @@ Every collective of the project is in this file, and a world of one process take
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -68,21 +69,41 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(name: str, recipe, world: World, dtype: torch.dtype):
-    """A transformers model in dtype on this rank's device (the CPU for fp32 master weights, which shard() moves).
+    """A transformers model in dtype, on the CPU.
 
     In eval mode, and it stays so: with dropout on, the policy before its first update would not be the opponent.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import is_flash_attn_2_available
     attention = recipe.attention
-    if attention == "auto":
-        attention = "flash_attention_2" if world.device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    if attention == "auto":  # FlashAttention knows 16-bit numbers only
+        half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16
+        attention = "flash_attention_2" if world.device.type == "cuda" and half and is_flash_attn_2_available() else "sdpa"
     revision = (recipe.revision if name == recipe.model else "") or None
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation=attention,
+                                                     use_safetensors=True)  # a .bin is a pickle, and could run code
     except Exception as problem:  # safetensors, json, OS and hub errors: each means there is no usable model
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     return model.eval()
+
+
+def load_frozen(name: str, recipe, world: World):
+    """A model to sample from or to score with, whole on this rank's device, in the compute dtype."""
+    return load_model(name, recipe, world, compute_dtype(recipe.dtype, world.device)).to(world.device)
+
+
+def identity(name: str, recipe) -> str:
+    """A short mark of a model's weights, by which a checkpoint knows where it started: hub name, or a hash of the files' ends.
+
+    Two trainings of one model differ in the last megabyte; hashing 29 GB on every rank would cost minutes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest() if Path(name).is_dir() else f"{name}@{recipe.revision}"
 
 
 def shard(model, world: World, dtype: torch.dtype, recompute: bool = False):
@@ -90,9 +111,12 @@ def shard(model, world: World, dtype: torch.dtype, recompute: bool = False):
 
     recompute: activation checkpointing, block by block.
     """
-    blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    is_block = lambda m: type(m).__name__ in (model._no_split_modules or ())  # noqa: E731
+    blocks = [m for m in model.modules() if is_block(m)]
+    if not blocks:
+        fail(f"{type(model).__name__} does not name its blocks (_no_split_modules): FSDP cannot shard it block by block")
     if recompute:
-        apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ in (model._no_split_modules or ()))
+        apply_activation_checkpointing(model, check_fn=is_block)
         blocks = [m for m in model.modules() if isinstance(m, CheckpointWrapper)]
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -26,9 +26,10 @@ def knob(default, help, check=None, choices=None, tied=True):
 
 # what a value must satisfy, in the words of the error message
 POSITIVE, FRACTION = "must be positive", "must be between 0 and 1"
-NOT_NEGATIVE, SHARE = "must be zero or positive", "must be above 0 and at most 1"
+NOT_NEGATIVE, SHARE, BELOW_1 = "must be zero or positive", "must be above 0 and at most 1", "must be at least 0 and below 1"
 HOLDS = {POSITIVE: lambda v: v > 0, NOT_NEGATIVE: lambda v: v >= 0,
-         FRACTION: lambda v: 0 <= v <= 1, SHARE: lambda v: 0 < v <= 1}
+         FRACTION: lambda v: 0 <= v <= 1, SHARE: lambda v: 0 < v <= 1,
+         BELOW_1: lambda v: 0 <= v < 1}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Recipe:
     epochs: int = knob(2, "passes over the pairs in an iteration", POSITIVE)
     batch_size: int = knob(64, "pairs in an optimizer step, over all ranks", POSITIVE)
     warmup: float = knob(0.1, "share of the steps that warm up linearly", FRACTION)
-    alpha: float = knob(0.99, "RMSProp's smoothing constant; torch's default, as in the authors' code", FRACTION)
+    alpha: float = knob(0.99, "RMSProp's smoothing constant; torch's default, as in the authors' code", BELOW_1)
     clip: float = knob(1.0, "largest gradient norm; 1.0 in the authors' code base", POSITIVE)
     max_length: int = knob(2048, "longest prompt and response together, in tokens", POSITIVE)
 
@@ -96,6 +97,16 @@ def fail(message: str):
         time.sleep(10)  # torchrun ends all ranks when one has left, and rank 0 should get its line out first
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def write_whole(path: Path, text: str):
+    """Write a file whole or not at all: a .part file, renamed when it is on disk."""
+    part = Path(f"{path}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def locate(name: str) -> str:
@@ -186,7 +197,7 @@ def check_model(name: str) -> str:
     name = locate(name)
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
-    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         fail(f"no model at {name}: --model wants a transformers folder or a hub id such as {Recipe.model}")
     return name
 
@@ -194,31 +205,29 @@ def check_model(name: str) -> str:
 def check_run(recipe: Recipe, run: Path):
     """Refuse a run directory made with another recipe; write nothing."""
     path = run / "recipe.json"
+    if run.exists() and not run.is_dir():
+        fail(f"--run {run} is a file; a directory is wanted")
     if not path.exists():
         return
     try:
-        saved = json.loads(path.read_text())
-        knobs = {f.name for f in dataclasses.fields(Recipe) if f.metadata["tied"]}
-        mine = json.loads(json.dumps({k: v for k, v in vars(recipe).items() if k in knobs}))
+        saved, mine = json.loads(path.read_text()), json.loads(json.dumps(vars(recipe)))
         if missing := set(saved) ^ set(mine):
             fail(f"{path} was written by another version (knobs {', '.join(sorted(missing))}); choose another --run")
     except (ValueError, TypeError) as problem:
         fail(f"{path} cannot be read ({problem}); restore it, or choose another --run")
-    if other := [f"{k}: {saved[k]!r} there, {mine[k]!r} asked" for k in mine if saved[k] != mine[k]]:
+    tied = [f.name for f in dataclasses.fields(recipe) if f.metadata["tied"]]
+    if other := [f"{k}: {saved[k]!r} there, {mine[k]!r} asked" for k in tied if saved[k] != mine[k]]:
         fail(f"{run} holds a run of another recipe ({'; '.join(other)}); give the same flags, or another --run")
 
 
 def save_run(recipe: Recipe, run: Path):
-    """Print and write recipe.json, once: every knob as resolved, but for those that may change within a run."""
+    """Print and write recipe.json, once: every knob as resolved by the run's first stage."""
     path = run / "recipe.json"
     if not path.exists():
         for f in dataclasses.fields(recipe):
             print(f"{f.name:18}{words(getattr(recipe, f.name))}")
         run.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        tied = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.metadata["tied"]}
-        part.write_text(json.dumps(tied, indent=1) + "\n")
-        part.replace(path)
+        write_whole(path, json.dumps(vars(recipe), indent=1) + "\n")
 
 
 def main(argv=None):

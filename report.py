@@ -10,7 +10,7 @@ import json
 import math
 from pathlib import Path
 
-from recipe import fail, iter_dir, parse
+from recipe import fail, iter_dir, parse, write_whole
 
 NAMES = {"expected_exact_match": "expected exact match", "greedy_exact_match": "greedy exact match",
          "nll_per_token": "NLL per token (nats)", "win_rate": "win rate", "margin": "margin",
@@ -27,23 +27,20 @@ def main(argv=None):
     summary = {"recipe": read(args.run / "recipe.json"), **collect(args.run)}
     if not summary["spin"]:
         fail(f"{args.run} holds no eval.json: run evaluate.py first")
-    write(args.run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write(args.run / "report.html", page(summary, args.run.name))
+    write_whole(args.run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(args.run / "report.html", page(summary, args.run.name))
     print(f"{args.run / 'report.html'}")
     print("\n".join(text_table(summary)))
 
 
 def read(path: Path):
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        found = json.loads(path.read_text()) if path.exists() else None
+        if not isinstance(found, dict | None):
+            raise ValueError("not an object")
+        return found
     except ValueError as problem:
-        fail(f"{path} cannot be read ({problem}): delete it and run evaluate.py again")
-
-
-def write(path: Path, text: str):
-    part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+        fail(f"{path} cannot be read ({problem}): delete it and run its stage again")
 
 
 def collect(run: Path) -> dict:

@@ -10,8 +10,17 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=paper
 if [[ $# -gt 0 && $1 != -* ]]; then recipe=$1; shift; fi
 python=${PYTHON:-python}
+for flag in "$@"; do  # what this script decides itself
+  case $flag in --recipe*|--objective*|--iter|--iter=*|--pairs*|--theta0)
+    echo "error: $flag is not for run_iterations.sh: name the recipe first (demo, small, paper), or call the stages yourself" >&2
+    exit 2 ;;
+  esac
+done
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"; gpus=${#visible[@]}
+fi
 nodes=${NNODES:-1}
 if [[ $recipe == paper && $((gpus * nodes)) -lt 8 ]]; then
   echo "error: the paper recipe needs 8 GPUs of 80 GB (found $((gpus * nodes))); 'bash run_iterations.sh demo' runs on any laptop" >&2
@@ -23,8 +32,12 @@ IFS=$'\t' read -r run iterations baseline <<<"$plan"
 
 launch=("$python")
 if [[ $gpus -gt 0 ]]; then
-  launch=("$python" -m torch.distributed.run --nproc_per_node "$gpus" --nnodes "$nodes" --node_rank "${NODE_RANK:-0}"
-          --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" --)  # -- : torchrun would take our --run for its own --run-path
+  where=(--standalone)
+  if [[ $nodes -gt 1 ]]; then
+    where=(--nnodes "$nodes" --node_rank "${NODE_RANK:?}" --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}")
+  fi
+  # -- : torchrun would take our --run for its own --run-path
+  launch=("$python" -m torch.distributed.run --nproc_per_node "$gpus" "${where[@]}" --)
 elif [[ $recipe == demo ]]; then  # one thread: the same bytes on any number of cores, and a tiny model is no slower
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
@@ -50,6 +63,6 @@ done
 
 if [[ $did == 0 && -e $run/report.html ]]; then
   echo "nothing to do: $run is complete, see $run/report.html"
-else
-  [[ ${NODE_RANK:-0} == 0 ]] && "$python" "$here/report.py" --recipe "$recipe" --run "$run" "$@"
+elif [[ ${NODE_RANK:-0} == 0 ]]; then
+  "$python" "$here/report.py" --recipe "$recipe" --run "$run" "$@"
 fi

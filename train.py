@@ -11,9 +11,11 @@ the policy before its first update, so it scores every pair once, before trainin
 last checkpoint; on the CPU with the same ranks and threads it ends with the same bytes as an uninterrupted run.
 """
 
+import collections
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -23,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from data import collate, encode, load_tokenizer, read_generated, read_jsonl, read_rows, to_pair, write_jsonl
+from data import (check_prompts, collate, counts_line, encode, load_tokenizer, read_generated, read_jsonl, read_rows, to_pair,
+                  write_jsonl)
 from loss import sequence_logps, sft_loss, spin_loss, spin_margin
-from recipe import at, check_run, fail, iter_dir, parse, save_run, theta
+from recipe import at, check_run, fail, iter_dir, parse, save_run, theta, write_whole
 
 
 def main(argv=None):
@@ -34,19 +37,21 @@ def main(argv=None):
     t, out = args.iter, iter_dir(args.run, args.iter, recipe.objective)
     check_run(recipe, args.run)
     if (out / "model").is_dir():
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)  # a kill may have come between
         return print(f"{out / 'model'} is there already: nothing to do")
     start = theta(recipe, args.run, t, recipe.objective)
-    tokenizer = load_tokenizer(start, recipe)
-    pairs = load_pairs(recipe, args, tokenizer)
-    note = {"start": start, "pairs": fingerprint(pairs)}
+    tokenizer, vocabulary = load_tokenizer(start, recipe)
+    pairs = load_pairs(recipe, args, tokenizer, vocabulary)
+    note = {"start": parallel.identity(start, recipe), "pairs": fingerprint(pairs)}
 
     with parallel.join() as world:
+        dtype = parallel.compute_dtype(recipe.dtype, world.device)
+        model = parallel.load_model(start, recipe, world, torch.float32)
+        parallel.barrier()  # nobody writes before everybody has its model
         if world.rank == 0:
             print(f"theta_{t} ({start}) trains on {len(pairs)} pairs, objective {recipe.objective}")
             save_run(recipe, args.run)
         out.mkdir(parents=True, exist_ok=True)
-        dtype = parallel.compute_dtype(recipe.dtype, world.device)
-        model = parallel.load_model(start, recipe, world, torch.float32)
         model = parallel.shard(model, world, dtype, recipe.recompute)
         optimizer = torch.optim.RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha)  # Appendix B.1: no weight decay
         done = parallel.load_checkpoint(out / "checkpoint", note, model, optimizer)
@@ -84,9 +89,14 @@ def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done):
             ((values["loss"] * weight.to(world.device)).sum() * world.size / len(batch)).backward()
             sums += measure(values, rows, weight)
         norm = parallel.clip_gradients(model, recipe.clip).item()
+        means = dict(zip([*values, *LENGTHS], (parallel.all_sum(sums) / len(batch)).tolist()))
+        if not math.isfinite(means["loss"] + norm):
+            bar.close()
+            fail(f"step {step} of iteration {t}: loss {means['loss']}, gradient norm {norm}; the weights were not touched, "
+                 f"the last checkpoint is in {out / 'checkpoint'}; look at the pairs of this step, or start another --run "
+                 "with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        means = dict(zip([*values, *LENGTHS], (parallel.all_sum(sums) / len(batch)).tolist()))
         if "margin" in means:
             means["margin_std"] = math.sqrt(max(0.0, means["margin_std"] - means["margin"] ** 2))  # was the mean square
         speed = means.pop("tokens") * len(batch) / (time.perf_counter() - begun)
@@ -96,10 +106,6 @@ def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in ("loss", "win_rate", "tokens_per_s") if row[k] is not None))
-        if not math.isfinite(row["loss"] + norm):
-            bar.close()
-            fail(f"step {step} of iteration {t}: loss {row['loss']}, gradient norm {norm}; the last good checkpoint "
-                 f"stays in {out / 'checkpoint'}; lower --lr, or look at the pairs of this step")
         if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < len(steps):
             parallel.save_checkpoint(out / "checkpoint", step + 1, note, model, optimizer, world)
 
@@ -156,33 +162,61 @@ def load_opponent(path, pairs):
 
 # ---- pairs, batches, schedule ------------------------------------------------------------------------------------
 
-def load_pairs(recipe, args, tokenizer) -> list[dict]:
+def load_pairs(recipe, args, tokenizer, vocabulary) -> list[dict]:
     """The pairs of iteration t as token ids: {"id", "iter", "index", "real": (ids, mask), "generated": (ids, mask)}.
-    The ids (T,) are int32 and the masks int8 arrays: 100,000 pairs as lists of Python numbers would fill a node's memory.
 
     Iteration t ≥ 1 trains on its own pairs and those of t − 1 (Section 6.1), all scored by θ_t.
+    The ids (T,) are int32 and the masks int8 arrays: 100,000 pairs as lists of Python numbers would fill a node's memory.
     """
-    t, prompts, seen, pairs = args.iter, {}, set(), []
-    for row in read_pairs(recipe, args):
-        key, text = (row["iter"], row["id"]), (row.get("system"), row["prompt"], row["real"])
-        if key in seen:
-            fail(f"the pair with iter {key[0]} and id {key[1]} occurs twice: the files do not belong together")
-        if prompts.setdefault(row["id"], text) != text:
-            fail(f"id {row['id']} has another prompt in iteration {row['iter']}: the pairs are not of one SFT set")
-        seen.add(key)
-        if not row["real"].strip():
-            fail(f"the pair with iter {key[0]} and id {key[1]} has an empty response")
-        answer = row.get("generated_ids", row.get("generated"))  # sampled ids as they are: decoding loses the split
-        if isinstance(answer, list) and (not answer or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in answer)
-                                         or (answer[-1] == tokenizer.eos_token_id) != (row["finish"] == "eos")):
-            fail(f"the pair with iter {key[0]} and id {key[1]} was not sampled with this model's tokenizer")
-        pair = {k: encode(tokenizer, recipe.template, row, response, recipe.max_length)
-                for k, response in (("real", row["real"]), ("generated", answer))}
-        if not all(any(mask) for _, mask in pair.values()):
-            fail(f"the prompt of id {row['id']} alone fills --max-length {recipe.max_length}")
-        compact = {k: (np.array(ids, np.int32), np.array(mask, np.int8)) for k, (ids, mask) in pair.items()}
-        pairs.append({"id": row["id"], "iter": row["iter"], "index": len(pairs), **compact})
+    rows = foreign_pairs(recipe, args, tokenizer) if args.pairs else own_pairs(recipe, args, vocabulary, tokenizer.eos_token_id)
+    seen, pairs = set(), []
+    for row in rows:
+        if (row["iter"], row["id"]) in seen:
+            fail(f"the pair with iter {row['iter']} and id {row['id']} occurs twice: the files do not belong together")
+        seen.add((row["iter"], row["id"]))
+        pair = {"id": row["id"], "iter": row["iter"], "index": len(pairs)}
+        answer = row.get("generated_ids", row["generated"])  # sampled ids as they are: decoding loses how they were split
+        for half, response in (("real", row["real"]), ("generated", answer)):
+            ids, mask = encode(tokenizer, recipe.template, row, response, recipe.max_length)
+            pair[half] = np.array(ids, np.int32), np.array(mask, np.int8)
+        pairs.append(pair)
+    if not pairs:
+        fail("there are no pairs to train on")
     return pairs
+
+
+def own_pairs(recipe, args, vocabulary, eos):
+    """The rows of generated.jsonl of the latest iterations, all of one SFT set."""
+    t, rows = args.iter, []
+    for s in range(max(0, t + 1 - at(recipe.mix, t)), t + 1):
+        found = read_generated(iter_dir(args.run, s) / "generated.jsonl", s, vocabulary, eos)
+        check_prompts(args.run / "prompts.json", found)
+        rows += found
+    return rows
+
+
+def foreign_pairs(recipe, args, tokenizer):
+    """The rows of the files of --pairs, in any shape that holds y'; what cannot be used is counted, by select's rules."""
+    rows, seen, counts = [], set(), collections.Counter()
+    for source in args.pairs:
+        for line, row in enumerate(read_rows(source, recipe.split), 1):
+            pair = to_pair(row, f"{source}, row {line}")
+            if "generated" not in pair:
+                fail(f"{source}, row {line}: a pair needs a generated response beside the real one")
+            counts["read"] += 1
+            key = tuple(pair.get(k) for k in ("system", "prompt", "real", "generated"))
+            if not all(pair[k].strip() for k in ("prompt", "real", "generated")):
+                counts["empty prompt or response"] += 1
+            elif key in seen:
+                counts["duplicate pair"] += 1
+            elif len(encode(tokenizer, recipe.template, pair)[0]) >= recipe.max_length:
+                counts["prompt too long"] += 1
+            else:
+                seen.add(key)
+                rows.append({**dict(zip(("system", "prompt", "real", "generated"), key)), "id": len(rows), "iter": args.iter})
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"pairs: {counts_line(counts)}")
+    return [{k: v for k, v in row.items() if v is not None} for row in rows]
 
 
 def fingerprint(pairs) -> str:
@@ -211,7 +245,7 @@ def read_pairs(recipe, args):
 
 def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
     """The epoch's global batches: every pair once, in an order that depends on (seed, t, epoch) only."""
-    order = np.random.default_rng((recipe.seed, t, epoch)).permutation(n).tolist()
+    order = np.random.default_rng((recipe.seed, t, epoch, 2)).permutation(n).tolist()  # 2: a stream of its own
     return [order[i:i + recipe.batch_size] for i in range(0, n, recipe.batch_size)]
 
 
@@ -258,9 +292,7 @@ def measure(values: dict, rows, weight) -> torch.Tensor:
 def keep_metrics(path: Path, done: int):
     """Keep the lines of the steps that the checkpoint holds; a kill may have left later ones, or half a line."""
     lines = path.read_text().splitlines()[:done] if path.exists() and done else []
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in lines))
-    part.replace(path)
+    write_whole(path, "".join(line + "\n" for line in lines))
 
 
 if __name__ == "__main__":

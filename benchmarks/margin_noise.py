@@ -24,7 +24,7 @@ def main():
     recipe, args = recipes.parse(["--dtype", "bf16", *sys.argv[1:]], "", ("--pairs", dict(default=[])))
     args.iter = 0
     start = recipes.theta(recipe, args.run, 0)
-    pairs = train.load_pairs(recipe, args, load_tokenizer(start, recipe))
+    pairs = train.load_pairs(recipe, args, *load_tokenizer(start, recipe))
     with parallel.join() as world, tempfile.TemporaryDirectory() as folder:
         model = parallel.load_model(start, recipe, world, torch.float32)
         model = parallel.shard(model, world, parallel.compute_dtype(recipe.dtype, world.device))

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from data import (collate, decode, encode, read_jsonl, read_rows, render, select, to_pair, write_jsonl)
+from data import collate, decode, encode, holds_special, read_jsonl, read_rows, render, select, to_pair, write_jsonl
 
 USER, BOT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 WANTED = {"prompt": "Hi?", "real": "Hello."}
@@ -58,7 +58,14 @@ def test_a_malformed_line_is_refused_by_file_and_line_number(tmp_path, refused):
     assert "x.jsonl, line 2" in refused(lambda: list(read_jsonl(tmp_path / "x.jsonl")))
 
 
-@pytest.mark.parametrize("row", [{"messages": [BOT, USER]}, {"messages": "Hi"}, {"prompt": None, "response": "b"},
+@pytest.mark.parametrize("text, word", [(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xe9"}\n', "line 2"), (b"[{}, 3]", "no rows")])
+def test_latin_1_and_rows_that_are_no_objects_are_refused(text, word, tmp_path, refused):
+    path = tmp_path / ("x.jsonl" if b"\n" in text else "x.json")
+    path.write_bytes(text)
+    assert word in refused(lambda: list(read_rows(str(path))))
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a \ud800", "response": "b"}, {"messages": [BOT, USER]}, {"messages": "Hi"}, {"prompt": None, "response": "b"},
                                  {"real": [USER, BOT], "generated": [{"role": "user", "content": "Other"}, BOT]}])
 def test_a_broken_row_is_refused(row, refused):
     assert "row 3" in refused(lambda: to_pair(row, "f, row 3"))
@@ -141,6 +148,20 @@ def test_the_chat_template_is_the_tokenizers_own_with_one_bos(tokenizer):
     assert render(tok, "chat", "Hi", "Be kind") == "<s>system: Be kind\nuser: Hi\nassistant:\n"
     ids, _ = encode(tok, "chat", {"prompt": "Hi"}, "Yo")
     assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id and ids.count(tok.eos_token_id) == 1
+
+
+def test_a_chat_template_that_refuses_a_system_message_is_named(tokenizer, refused):
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    tok.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[-1].content }}"
+    assert render(tok, "chat", "Hi") == "Hi"
+    assert "no system role" in refused(lambda: render(tok, "chat", "Hi", "Be kind"))
+
+
+def test_a_special_token_without_a_role_counts_as_special_too(tokenizer):
+    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="</s>")
+    assert not holds_special(tokenizer, "see <repo>")
+    tok.add_tokens([AddedToken("<repo>", special=True)])
+    assert "<repo>" not in tok.all_special_tokens and holds_special(tok, "see <repo>")
 
 
 def test_chat_without_a_chat_template_is_refused(tokenizer, refused):

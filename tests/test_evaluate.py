@@ -5,6 +5,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import MICRO, REPO, THETA0, shell, torchrun
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import recipe as recipes
 import report
-from data import encode, read_rows, select
+from data import collate, encode, read_rows, select
+from loss import sequence_logps
+from sample import sample, uniforms
 
 
 def held_out():
@@ -57,6 +60,24 @@ def test_theta_1_is_evaluated_against_theta_0_and_wins(played):
     assert figures["expected_exact_match"] > start["expected_exact_match"]
 
 
+@torch.no_grad()
+def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played):
+    """λ (log p_θ2/p_θ1 (y|x) − log p_θ2/p_θ1 (y'|x)), y' ~ p_θ1, a sequence at a time."""
+    tokenizer, pairs = held_out()
+    theta_1, theta_2 = (AutoModelForCausalLM.from_pretrained(played / f"iter{t}" / "model", dtype=torch.float32).eval() for t in (0, 1))
+    u = np.stack([uniforms(0, 1, pair["id"], 1, number=24) for pair in pairs])
+    drawn = sample(theta_1, [pair["prompt_ids"] for pair in pairs], tokenizer.eos_token_id, 24, u)
+    margins = []
+    for pair, (y, _) in zip(pairs, drawn):
+        two = [encode(tokenizer, "paper", pair, response) for response in (pair["real"], y)]
+        new, old = ([sequence_logps(m, *collate([s], "cpu")).item() for s in two] for m in (theta_2, theta_1))
+        margins.append(4.0 * ((new[0] - old[0]) - (new[1] - old[1])))
+    figures = json.loads((played / "iter1" / "eval.json").read_text())
+    assert figures["margin"] == pytest.approx(sum(margins) / 12, rel=1e-3, abs=1e-4)
+    assert figures["margin"] != pytest.approx(sum(margins) / 12 * 5 / 4, rel=1e-2)  # control: iteration 0's λ
+    assert figures["win_rate"] == pytest.approx(sum((m > 0) + 0.5 * (m == 0) for m in margins) / 12)
+
+
 def test_two_ranks_give_the_figures_of_one(played, tmp_path):
     done = torchrun(2, "evaluate.py", *MICRO, "--run", tmp_path, "--theta0")
     assert done.returncode == 0, done.stderr
@@ -85,7 +106,7 @@ def test_the_report_escapes_what_came_from_outside(played):
 
 
 def test_the_whole_loop_on_one_command_and_again_does_nothing(tmp_path):
-    command = ["bash", "run_iterations.sh", "demo", "--run", tmp_path / "run", *MICRO[2:-1], "--iterations", "2"]
+    command = ["bash", "run_iterations.sh", "demo", "--run", tmp_path / "run", *MICRO[2:], "--sft-baseline", "--iterations", "2"]
     done = shell(*command)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -114,7 +135,7 @@ def test_with_gpus_the_stages_are_launched_by_torchrun_with_one_rank_a_gpu(tmp_p
     fake.write_text("#!/bin/sh\necho 'GPU 0: x'\necho 'GPU 1: x'\n")
     fake.chmod(0o755)
     done = shell("bash", "run_iterations.sh", "demo", "--run", tmp_path / "run", *MICRO[2:], "--iterations", "1",
-                 env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": "29517", "CUDA_VISIBLE_DEVICES": ""})
+                 env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "-1,-1"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "iter0" / "model").is_dir() and (tmp_path / "run" / "report.html").exists()
 

@@ -1,5 +1,6 @@
 """generate.py and sample.py: y' ~ p_θt, the same bytes however the work is split."""
 
+import contextlib
 import json
 import shutil
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import MICRO, THETA0, stage, torchrun
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
 import parallel
-from data import collate, decode, read_jsonl
+from data import collate, decode, encode, read_jsonl
 from loss import sequence_logps
 from sample import InverseCDF, sample, uniforms
 
@@ -170,13 +171,47 @@ def test_iteration_one_samples_from_theta_1_and_not_from_theta_0(played, tmp_pat
     assert list(read_jsonl(tmp_path / "iter1" / "generated.jsonl")) != rows
 
 
-def test_a_dead_vocabulary_tail_is_harmless():
-    """A model whose head is larger than its tokenizer still answers with ids the tokenizer knows, where it learnt to."""
+def test_a_head_larger_than_the_tokenizer_is_sampled_and_trained_as_it_is(tmp_path, model, tokenizer):
+    """Qwen and Pythia pad their heads; a tail that is not dead is drawn from, and train.py takes what was drawn."""
     torch.manual_seed(0)
-    tiny = LlamaForCausalLM(LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                        num_attention_heads=2, max_position_embeddings=32)).eval()
-    answers = sample(tiny, [[1, 2], [3, 4, 5]], 2, 8, np.random.default_rng(0).random((2, 8)))
-    assert all(0 <= i < 11 for ids, _ in answers for i in ids)
+    model.resize_token_embeddings(120, mean_resizing=False)
+    model.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    flags = ["--iter", 0, "--model", tmp_path / "wide", "--temperature", 3]
+    stage("generate", tmp_path / "run", *flags)
+    drawn = {i for row in read_jsonl(tmp_path / "run" / "iter0" / "generated.jsonl") for i in row["generated_ids"]}
+    assert max(drawn) >= len(tokenizer)
+    stage("train", tmp_path / "run", *flags)
+    assert (tmp_path / "run" / "iter0" / "model").is_dir()
+
+
+def test_the_stage_samples_with_the_temperature_and_nucleus_that_it_was_given(played, tmp_path, model, tokenizer):
+    plain = {row["id"]: row["generated_ids"] for row in read_jsonl(played / "iter0" / "generated.jsonl")}
+    for name, flags in (("greedy", ["--temperature", 0]), ("nucleus", ["--top-p", 1e-6])):
+        stage("generate", tmp_path / name, "--iter", 0, *flags)
+        rows = list(read_jsonl(tmp_path / name / "iter0" / "generated.jsonl"))
+        prompts = [encode(tokenizer, "paper", row)[0] for row in rows]
+        greedy = [ids for ids, _ in sample(model, prompts, tokenizer.eos_token_id, 24)]
+        assert [row["generated_ids"] for row in rows] == greedy
+        assert {row["id"]: row["generated_ids"] for row in rows} != plain  # control
+
+
+def test_ranks_share_the_chunks(tmp_path, monkeypatch):
+    """Two ranks, played one after the other: each chunk is sampled by one of them."""
+    import generate
+    taken = []
+    real = generate.answer
+    monkeypatch.setattr(generate, "answer", lambda model, tok, chunk, *rest: taken.append(chunk[0]["id"]) or real(model, tok, chunk, *rest))
+    monkeypatch.setattr(generate, "read_jsonl", lambda path: iter(()))  # rank 0 is not there to merge
+    join = parallel.join
+
+    @contextlib.contextmanager
+    def second_of_two():
+        with join() as world:
+            yield parallel.World(1, 2, world.device)
+    monkeypatch.setattr(parallel, "join", second_of_two)
+    stage("generate", tmp_path, "--iter", 0)
+    assert len(taken) == 1  # of three chunks, the second
 
 
 def test_the_opponents_compute_dtype_is_fp32_on_the_cpu():

@@ -27,12 +27,21 @@ def weights(folder):
 
 def fresh(played, tmp_path, iterations=(0,)):
     """A run that has its answers but is not trained yet (iteration 1 gets its θ_1 too)."""
+    tmp_path.mkdir(exist_ok=True)
+    shutil.copy(played / "prompts.json", tmp_path)
     for t in iterations:
         (tmp_path / f"iter{t}").mkdir(parents=True)
         shutil.copy(played / f"iter{t}" / "generated.jsonl", tmp_path / f"iter{t}")
     if 1 in iterations:
         shutil.copytree(played / "iter0" / "model", tmp_path / "iter0" / "model")
     return tmp_path
+
+
+def recipe_and_pairs(run, t):
+    recipe, args = recipes.parse([*MICRO, "--run", str(run), "--iter", str(t)], "", ("--iter", dict(type=int)),
+                                 ("--pairs", dict(default=[])))
+    tokenizer = AutoTokenizer.from_pretrained(THETA0)
+    return recipe, train.load_pairs(recipe, args, tokenizer, len(tokenizer))
 
 
 def test_the_first_loss_of_every_iteration_is_log2_and_its_margin_is_zero(played):
@@ -66,9 +75,7 @@ def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(
     """Each score of opponent.jsonl, of every pair, is θ_t's: checked against the model that iteration 1 started from."""
     theta_1 = AutoModelForCausalLM.from_pretrained(played / "iter0" / "model", dtype=torch.float32).eval()
     theta_2 = AutoModelForCausalLM.from_pretrained(played / "iter1" / "model", dtype=torch.float32).eval()
-    recipe, args = recipes.parse([*MICRO, "--run", str(played), "--iter", "1"], "", ("--iter", dict(type=int)),
-                                 ("--pairs", dict(default=[])))
-    pairs = train.load_pairs(recipe, args, AutoTokenizer.from_pretrained(THETA0))
+    _, pairs = recipe_and_pairs(played, 1)
     rows = {(r["iter"], r["id"]): r for r in read_jsonl(played / "iter1" / "opponent.jsonl")}
     assert len(rows) == len(pairs) == 80 and {t for t, _ in rows} == {0, 1}
     for half in ("real", "generated"):
@@ -80,22 +87,31 @@ def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(
             assert not torch.allclose(sequence_logps(model, *batch), wanted, atol=1e-4)
 
 
+def test_after_the_opponents_pass_the_model_is_sharded_again_and_training_moves_what_the_optimizer_holds(played, tmp_path, monkeypatch):
+    """FSDP2 leaves the root unsharded after a pass without gradient; an update would then miss the weights in use."""
+    seen, real = [], train.train
+    monkeypatch.setattr(train, "train", lambda model, optimizer, *rest: seen.append(
+        ({id(p) for p in model.parameters()}, {id(p) for g in optimizer.param_groups for p in g["params"]},
+         {type(p.data).__name__ for p in model.parameters()})) or real(model, optimizer, *rest))
+    stage("train", fresh(played, tmp_path), "--iter", 0)
+    (in_use, held, kinds), = seen
+    assert in_use == held and kinds == {"DTensor"}
+
+
 def test_iteration_zero_trains_on_its_own_pairs_and_later_ones_on_two_iterations_twice_each(played):
     assert [len(metrics(played / f"iter{t}")) for t in (0, 1)] == [2 * math.ceil(40 / 12), 2 * math.ceil(80 / 12)]
 
 
 def oracle(run, t, steps):
     """Algorithm 1's update in plain single-process PyTorch: one padded batch a step, autograd, RMSProp by hand."""
-    recipe, args = recipes.parse([*MICRO, "--run", str(run), "--iter", str(t)], "", ("--iter", dict(type=int)),
-                                 ("--pairs", dict(default=[])))
+    recipe, pairs = recipe_and_pairs(run, t)
     model = AutoModelForCausalLM.from_pretrained(recipes.theta(recipe, run, t), dtype=torch.float32).eval()
-    pairs = train.load_pairs(recipe, args, AutoTokenizer.from_pretrained(THETA0))
     square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     total, losses = 2 * math.ceil(len(pairs) / 12), []
     half = lambda batch, k: sequence_logps(model, *collate([pairs[i][k] for i in batch], "cpu"))  # noqa: E731
     with torch.no_grad():
         frozen = {k: half(range(len(pairs)), k) for k in ("real", "generated")}
-    lr, lam = (3e-5, 3e-5)[t], 5.0
+    lr, lam = (3e-5, 2e-5)[t], (5.0, 4.0)[t]
     for step in range(steps):
         batch = train.batches(len(pairs), recipe, t, 0)[step]
         margin = lam * (half(batch, "real") - frozen["real"][batch]) - lam * (half(batch, "generated") - frozen["generated"][batch])
@@ -200,6 +216,7 @@ def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, c
         stage("train", run, "--iter", 0)
     rows = list(read_jsonl(run / "iter0" / "generated.jsonl"))
     write_jsonl(run / "iter0" / "generated.jsonl", rows[:-1])
+    (run / "prompts.json").unlink()  # which would have noticed first
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         stage("train", run, "--iter", 0)
@@ -272,9 +289,12 @@ def test_the_authors_published_pairs_are_trained_on_without_generating(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "iter0" / "model")
 
 
-def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_path):
-    run = fresh(played, tmp_path)
+def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_path, monkeypatch):
+    run, wrapped, real = fresh(played, tmp_path), [], train.train
+    monkeypatch.setattr(train, "train", lambda model, *rest: wrapped.append(
+        sum(isinstance(m, parallel.CheckpointWrapper) for m in model.modules())) or real(model, *rest))
     stage("train", run, "--iter", 0, "--recompute")
+    assert wrapped == [3]  # the demo model's blocks
     assert distance(run / "iter0", played / "iter0") < 1e-4 * distance(played / "iter0", THETA0.parent, "theta0")
 
 
@@ -283,7 +303,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(played, tmp_
     with pytest.raises(SystemExit) as stop:
         stage("train", run, "--iter", 0, "--lr", "1e30")
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "step" in line and "--lr" in line and not (run / "iter0" / "model").exists()
+    assert stop.value.code == 2 and line.startswith("error: step 1 ") and "--lr" in line
+    assert not (run / "iter0" / "model").exists() and len(metrics(run / "iter0")) == 1
+
+
+def test_published_pairs_that_repeat_or_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
+    row = lambda q, a, b: {"prompt": q, "real": a, "generated": b}  # noqa: E731
+    rows = [row("Twice tin", "tintin", "tin")] * 6 + [row("Twice amu", "", "x"), row("Twice amu", "amuamu", " "),
+            row("Spell " + "tin" * 30, "a", "b"), row("Twice bel", "belbel", "b")]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    stage("train", tmp_path / "run", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
+    out = capsys.readouterr().out
+    assert "read: 10, duplicate pair: 5, empty prompt or response: 2, prompt too long: 1" in out and "trains on 2 pairs" in out
 
 
 def test_eight_ranks_train_the_demo_recipe_on_the_cpu(played, tmp_path):
