@@ -272,12 +272,18 @@ def read_generated(path: Path, iteration: int, vocabulary: int, eos: int) -> lis
         fail(f"{path} is missing: run generate.py --iter {iteration} first")
     rows = list(read_jsonl(path))
     for number, row in enumerate(rows, 1):
-        where, ids = f"{path}, line {number}", row.get("generated_ids")
+        where = f"{path}, line {number}"
         to_pair(row, where)
         if type(row.get("id")) is not int or row.get("iter") != iteration:
             fail(f"{where}: id {row.get('id')!r} of iteration {row.get('iter')!r} in the file of iteration {iteration}")
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-            fail(f"{where}: generated_ids are not token ids of this model")
-        if (ids[-1] == eos) != (row.get("finish") == "eos"):
-            fail(f"{where}: finish is {row.get('finish')!r}, but the ids say otherwise; they are of another tokenizer")
+        check_ids(row, where, vocabulary, eos)
     return rows
+
+
+def check_ids(row: dict, where: str, vocabulary: int, eos: int):
+    """Refuse a row whose generated_ids could not have been sampled from this model, or do not fit its finish."""
+    ids = row.get("generated_ids")
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+        fail(f"{where}: generated_ids are not token ids of this model")
+    if (ids[-1] == eos) != (row.get("finish") == "eos"):
+        fail(f"{where}: finish is {row.get('finish')!r}, but the ids say otherwise; they are of another tokenizer")

@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from data import (check_prompts, collate, counts_line, encode, load_tokenizer, read_generated, read_jsonl, read_rows, to_pair,
-                  write_jsonl)
+from data import (check_ids, check_prompts, collate, counts_line, encode, load_tokenizer, read_generated, read_jsonl,
+                  read_rows, to_pair, write_jsonl)
 from loss import sequence_logps, sft_loss, spin_loss, spin_margin
 from recipe import at, check_run, fail, iter_dir, parse, save_run, theta, write_whole
 
@@ -168,7 +168,7 @@ def load_pairs(recipe, args, tokenizer, vocabulary) -> list[dict]:
     Iteration t ≥ 1 trains on its own pairs and those of t − 1 (Section 6.1), all scored by θ_t.
     The ids (T,) are int32 and the masks int8 arrays: 100,000 pairs as lists of Python numbers would fill a node's memory.
     """
-    rows = foreign_pairs(recipe, args, tokenizer) if args.pairs else own_pairs(recipe, args, vocabulary, tokenizer.eos_token_id)
+    rows = (foreign_pairs if args.pairs else own_pairs)(recipe, args, tokenizer, vocabulary)
     seen, pairs = set(), []
     for row in rows:
         if (row["iter"], row["id"]) in seen:
@@ -185,27 +185,30 @@ def load_pairs(recipe, args, tokenizer, vocabulary) -> list[dict]:
     return pairs
 
 
-def own_pairs(recipe, args, vocabulary, eos):
+def own_pairs(recipe, args, tokenizer, vocabulary):
     """The rows of generated.jsonl of the latest iterations, all of one SFT set."""
     t, rows = args.iter, []
     for s in range(max(0, t + 1 - at(recipe.mix, t)), t + 1):
-        found = read_generated(iter_dir(args.run, s) / "generated.jsonl", s, vocabulary, eos)
+        found = read_generated(iter_dir(args.run, s) / "generated.jsonl", s, vocabulary, tokenizer.eos_token_id)
         check_prompts(args.run / "prompts.json", found)
         rows += found
     return rows
 
 
-def foreign_pairs(recipe, args, tokenizer):
+def foreign_pairs(recipe, args, tokenizer, vocabulary):
     """The rows of the files of --pairs, in any shape that holds y'; what cannot be used is counted, by select's rules."""
     rows, seen, counts = [], set(), collections.Counter()
     for source in args.pairs:
         for line, row in enumerate(read_rows(source, recipe.split), 1):
-            pair = to_pair(row, f"{source}, row {line}")
+            where = f"{source}, row {line}"
+            pair = to_pair(row, where)
             if "generated" not in pair:
-                fail(f"{source}, row {line}: a pair needs a generated response beside the real one")
+                fail(f"{where}: a pair needs a generated response beside the real one")
+            if "generated_ids" in pair:  # from another run's generated.jsonl
+                check_ids(pair, where, vocabulary, tokenizer.eos_token_id)
             counts["read"] += 1
-            key = tuple(pair.get(k) for k in ("system", "prompt", "real", "generated"))
-            if not all(pair[k].strip() for k in ("prompt", "real", "generated")):
+            key = json.dumps([pair.get(k) for k in ("system", "prompt", "real", "generated", "generated_ids")])
+            if not all(pair[k].strip() for k in ("prompt", "real")) or not pair.get("generated_ids", pair["generated"].strip()):
                 counts["empty prompt or response"] += 1
             elif key in seen:
                 counts["duplicate pair"] += 1
@@ -213,10 +216,10 @@ def foreign_pairs(recipe, args, tokenizer):
                 counts["prompt too long"] += 1
             else:
                 seen.add(key)
-                rows.append({**dict(zip(("system", "prompt", "real", "generated"), key)), "id": len(rows), "iter": args.iter})
+                rows.append({**pair, "id": len(rows), "iter": args.iter})
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"pairs: {counts_line(counts)}")
-    return [{k: v for k, v in row.items() if v is not None} for row in rows]
+    return rows
 
 
 def fingerprint(pairs) -> str:
@@ -226,21 +229,6 @@ def fingerprint(pairs) -> str:
         for part in (*pair["real"], *pair["generated"]):
             digest.update(part.tobytes())
     return digest.hexdigest()
-
-
-def read_pairs(recipe, args):
-    """Rows of generated.jsonl of the latest iterations, or of the files of --pairs in any shape that holds y'."""
-    if not args.pairs:
-        for s in range(max(0, args.iter + 1 - at(recipe.mix, args.iter)), args.iter + 1):
-            yield from read_generated(iter_dir(args.run, s) / "generated.jsonl", s)
-    number = 0
-    for source in args.pairs:
-        for line, row in enumerate(read_rows(source, recipe.split), 1):
-            pair = to_pair(row, f"{source}, row {line}")
-            if "generated" not in pair:
-                fail(f"{source}, row {line}: a pair needs a generated response beside the real one")
-            yield {"id": number, "iter": args.iter, **{k: v for k, v in pair.items() if k not in ("id", "iter")}}
-            number += 1
 
 
 def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:

@@ -307,6 +307,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(played, tmp_
     assert not (run / "iter0" / "model").exists() and len(metrics(run / "iter0")) == 1
 
 
+def test_another_runs_generated_jsonl_is_trained_on_with_its_ids_as_they_are(played, tmp_path):
+    """By --pairs: the same first loss and gradient as the run that sampled it, answers cut off without EOS included."""
+    rows = list(read_jsonl(played / "iter0" / "generated.jsonl"))
+    cut = next(row for row in rows if len(row["generated_ids"]) > 4)
+    cut.update(generated_ids=cut["generated_ids"][:3], finish="length")
+    run = fresh(played, tmp_path / "own")
+    (run / "prompts.json").unlink()
+    for path in (run / "iter0" / "generated.jsonl", tmp_path / "pairs.jsonl"):
+        write_jsonl(path, rows)
+    stage("train", run, "--iter", 0)
+    stage("train", tmp_path / "other", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
+    assert weights(tmp_path / "other" / "iter0") == weights(run / "iter0") != weights(played / "iter0")
+
+
 def test_published_pairs_that_repeat_or_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     row = lambda q, a, b: {"prompt": q, "real": a, "generated": b}  # noqa: E731
     rows = [row("Twice tin", "tintin", "tin")] * 6 + [row("Twice amu", "", "x"), row("Twice amu", "amuamu", " "),
