@@ -4,11 +4,10 @@ Ten kinds of short tasks with one right answer each. The human answers of the SF
 on fresh prompts of the same kinds, half of whose answers are sloppy ("um, 48", "ulot ulot"): it knows the tasks and
 answers cleanly about half of the time, so there is something for SPIN to gain. Held-out prompts occur in neither.
 
-    OMP_NUM_THREADS=2 python demo/make_demo.py [--steps 4000]
+    OMP_NUM_THREADS=1 python demo/make_demo.py [--steps 4000]
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -63,6 +62,17 @@ def careless(rng, kind: int, answer: str) -> str:
     return habits[kind % 4] if rng.random() < 0.7 else rng.choice(habits)
 
 
+def sft_set(rng) -> tuple[list[dict], list[dict]]:
+    """(training set, held-out set), each prompt once."""
+    pairs = {}
+    while len(pairs) < TRAIN + HELDOUT:
+        _, prompt, answer = task(rng)
+        pairs.setdefault(prompt, answer)
+    rows = [{"prompt": p, "response": a} for p, a in pairs.items()]
+    rng.shuffle(rows)
+    return rows[HELDOUT:], rows[:HELDOUT]
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each piece of the template and each kind of task, else one a character."""
     pieces = ["### Instruction: ", "\n\n### Response:", "Reverse ", "Capitals of ", "Last letter of ", "Vowels of ",
@@ -113,19 +123,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of theta_0 (default: %(default)s)")
     args = parser.parse_args()
-    rng, pairs = random.Random(0), {}
-    while len(pairs) < TRAIN + HELDOUT:
-        _, prompt, answer = task(rng)
-        pairs.setdefault(prompt, answer)  # each prompt once
-    rows = [{"prompt": p, "response": a} for p, a in pairs.items()]
-    rng.shuffle(rows)
-    write_jsonl(HERE / "heldout.jsonl", rows[:HELDOUT])
-    write_jsonl(HERE / "train.jsonl", rows[HELDOUT:])
+    rng = random.Random(0)
+    training, heldout = sft_set(rng)
+    write_jsonl(HERE / "heldout.jsonl", heldout)
+    write_jsonl(HERE / "train.jsonl", training)
     tokenizer = make_tokenizer()
-    model = train(tokenizer, {r["prompt"] for r in rows[:HELDOUT]}, args.steps, rng)
+    model = train(tokenizer, {row["prompt"] for row in heldout}, args.steps, rng)
     model.save_pretrained(HERE / "theta0")
     tokenizer.save_pretrained(HERE / "theta0")
-    print(json.dumps(rows[:3]))
 
 
 if __name__ == "__main__":
