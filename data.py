@@ -92,9 +92,15 @@ def _alpaca(row) -> dict:
     return {"prompt": row["instruction"] + ("\n\n" + row["input"] if row.get("input") else ""), "real": row["output"]}
 
 
+def _preference(row) -> dict:
+    answer = lambda side: side if isinstance(side, str) else _first_round(side)["real"]  # noqa: E731
+    return {"prompt": row["prompt"], "real": answer(row["chosen"]), "generated": answer(row["rejected"])}
+
+
 SHAPES = {  # the fields that tell a shape -> the pair in it; the first whose fields are all there is taken
     ("prompt", "real", "generated"): dict,  # generated.jsonl itself, or pairs as plain text
     ("real", "generated"): lambda r: _conversations(r, "real", "generated"),  # the authors' published sets
+    ("prompt", "chosen", "rejected"): _preference,  # with --pairs this is DPO; UltraFeedback-binarized has messages too
     ("messages",): lambda r: _first_round(r["messages"]),  # UltraChat
     ("instruction", "output"): _alpaca,
     ("prompt", "response"): lambda r: {"prompt": r["prompt"], "real": r["response"]},

@@ -17,6 +17,9 @@ SHAPES = {
     "alpaca": {"instruction": "Hi?", "input": "", "output": "Hello."},
     "messages": {"messages": [USER, BOT, {"role": "user", "content": "More"}, {"role": "assistant", "content": "No."}],
                  "prompt": "Hi?", "prompt_id": "7"},  # UltraChat's fields
+    "prompt/chosen/rejected": {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Yo"},
+    "ultrafeedback": {"prompt": "Hi?", "chosen": [USER, BOT], "rejected": [USER, {"role": "assistant", "content": "Yo"}],
+                      "messages": [USER, BOT]},
     "real/generated": {"real": [USER, BOT], "generated": [USER, {"role": "assistant", "content": "Yo"}]},
 }
 
@@ -34,7 +37,7 @@ def test_every_shape_is_read_from_every_kind_of_file(shape, kind, tmp_path):
         import datasets
         datasets.Dataset.from_list(rows).to_parquet(path)
     pairs = [to_pair(row, "row") for row in read_rows(str(path))]
-    wanted = WANTED | ({"generated": "Yo"} if shape == "real/generated" else {})
+    wanted = WANTED | ({"generated": "Yo"} if "Yo" in str(SHAPES[shape]) else {})
     assert pairs == [wanted, wanted]
 
 
