@@ -245,11 +245,12 @@ def select(rows, source: str, tokenizer, template: str, number: int, seed: int, 
             counts["text of a special token"] += 1
         else:
             seen.add(key)
-            pair["prompt_ids"], _ = encode(tokenizer, template, pair)
+            ids, mask = encode(tokenizer, template, pair, pair["real"])
+            pair["prompt_ids"] = ids[:len(ids) - sum(mask)]
             if len(pair["prompt_ids"]) > max_length - max_new_tokens:
                 counts["prompt too long"] += 1
             else:
-                counts["response cut at max_length"] += len(encode(tokenizer, template, pair, pair["real"])[0]) > max_length
+                counts["response cut at max_length"] += len(ids) > max_length
                 pairs.append(pair)
     if not pairs:
         fail(f"{source} holds no usable rows ({counts_line(counts)})")
@@ -260,13 +261,13 @@ def counts_line(counts: dict) -> str:
     return ", ".join(f"{name}: {number}" for name, number in counts.items() if number)
 
 
-def check_prompts(path: Path, pairs: list[dict]) -> dict:
-    """What RUN/prompts.json holds: the number and a hash of the run's prompts and human answers. Refuses pairs of others."""
+def check_prompts(path: Path, pairs: list[dict]) -> str:
+    """The text of RUN/prompts.json: the number and a hash of the run's prompts and human answers. Refuses pairs of others."""
     digest = hashlib.sha256()
     for pair in sorted(pairs, key=lambda pair: pair["id"]):
         digest.update(json.dumps([pair["id"], pair.get("system"), pair["prompt"], pair["real"]]).encode())
-    mine = {"prompts": len(pairs), "sha256": digest.hexdigest()}
-    if path.exists() and json.loads(path.read_text()) != mine:
+    mine = json.dumps({"prompts": len(pairs), "sha256": digest.hexdigest()}) + "\n"
+    if path.exists() and path.read_bytes() != mine.encode():
         fail(f"{len(pairs)} pairs that are not those of {path}: the SFT set or generated.jsonl has changed since the run "
              "began; restore it, or choose another --run")
     return mine

@@ -90,7 +90,8 @@ def play_held_out(policy, opponent, pairs, tokenizer, recipe, t, world) -> list[
     if opponent:
         model = parallel.load_frozen(opponent, recipe, world)
         for chunk in chunks:
-            generated = [encode_ids(pair, ids) for pair, (ids, _) in zip(chunk, draw(model, tokenizer, chunk, recipe, t))]
+            generated = [encode(tokenizer, recipe.template, pair, ids)
+                         for pair, (ids, _) in zip(chunk, draw(model, tokenizer, chunk, recipe, t))]
             played.append((generated, logps(model, [p["real"] for p in chunk], recipe), logps(model, generated, recipe)))
             bar.update()
         del model
@@ -118,11 +119,6 @@ def draw(model, tokenizer, chunk, recipe, t):
     """The model's own answers to held-out prompts at temperature 1: y' ~ p_θ."""
     u = np.stack([uniforms(recipe.seed, t, pair["id"], 1, number=recipe.max_new_tokens) for pair in chunk])
     return sample(model, [p["prompt_ids"] for p in chunk], tokenizer.eos_token_id, recipe.max_new_tokens, u)
-
-
-def encode_ids(pair, ids):
-    """(ids, response mask) of a sampled answer behind its prompt."""
-    return pair["prompt_ids"] + ids, [0] * len(pair["prompt_ids"]) + [1] * len(ids)
 
 
 def logps(model, sequences, recipe):

@@ -10,7 +10,6 @@ writes whole chunks (generated.part/), and a rerun samples only what is missing.
 threads the file has the same bytes for any number of ranks and restarts; sample.py says what may differ elsewhere.
 """
 
-import json
 import shutil
 import time
 
@@ -46,7 +45,7 @@ def main(argv=None):
         if world.rank == 0:
             print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(counts)})")
             save_run(recipe, args.run)
-            write_whole(args.run / "prompts.json", json.dumps(prompts) + "\n")
+            write_whole(args.run / "prompts.json", prompts)
         parts[0].parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(missing[world.rank::world.size], desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         begun, tokens = time.perf_counter(), 0

@@ -148,10 +148,10 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
                             help=f"{f.metadata['help']} (default: {words(f.default) or 'none'})")
     args = parser.parse_args(argv)
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
+    asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
     if "model" in asked:
         asked.setdefault("revision", "")  # the recipe's revision belongs to the recipe's model
     recipe = dataclasses.replace(Recipe(), **{**RECIPES[args.recipe], **asked})
-    recipe = dataclasses.replace(recipe, **{k: tuple(v) for k, v in vars(recipe).items() if isinstance(v, list)})
     args.run = args.run or Path("runs") / args.recipe
     _check_values(recipe)
     if (getattr(args, "iter", None) or 0) < 0:

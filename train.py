@@ -58,7 +58,10 @@ def main(argv=None):
         opponent = None
         if recipe.objective == "spin":  # the policy is still θ_t, unless a checkpoint was loaded
             path = out / "opponent.jsonl"
-            opponent = load_opponent(path, pairs) if done else score_opponent(model, pairs, recipe, t, world, path)
+            opponent = load_opponent(path, pairs) if done else score_opponent(model, pairs, recipe, t, world)
+            if not done and world.rank == 0:
+                write_jsonl(path, ({"id": pair["id"], "iter": pair["iter"], "logp_real": real, "logp_generated": generated}
+                                   for pair, (real, generated) in zip(pairs, opponent.tolist())))
         train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done)
         parallel.export(model, tokenizer, out / "model", world)
         if world.rank == 0:
@@ -128,26 +131,22 @@ def score(model, rows, objective, device):
 
 # ---- the frozen opponent -----------------------------------------------------------------------------------------
 
-def score_opponent(model, pairs, recipe, t, world, path):
-    """log p_θt(y|x) and log p_θt(y'|x) of all pairs, (N, 2), and opponent.jsonl.
+def score_opponent(model, pairs, recipe, t, world, epoch=0):
+    """log p_θt(y|x) and log p_θt(y'|x) of all pairs, (N, 2), on every rank.
 
     In the very micro-batches of the first epoch: the same shapes through the same kernels give the same bits, so
-    the first margins are zero in bf16 too.
+    the first margins are zero in bf16 too. (benchmarks/margin_noise.py asks for another epoch's.)
     """
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     with torch.no_grad():
-        for batch in tqdm(batches(len(pairs), recipe, t, 0), desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
+        for batch in tqdm(batches(len(pairs), recipe, t, epoch), desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
             for rows, weight in micro_batches(batch, pairs, recipe, world):
                 logps = score(model, rows, "spin", world.device).view(2, -1).T.double().cpu()
                 for row, pair_scores, w in zip(rows, logps, weight):
                     if w:
                         scores[row["index"]] = pair_scores
     model.reshard()  # FSDP2 leaves the root unsharded after a pass without gradient
-    parallel.all_sum(scores)  # every pair was scored by one rank; the others hold zeros
-    if world.rank == 0:
-        write_jsonl(path, ({"id": pair["id"], "iter": pair["iter"], "logp_real": real, "logp_generated": generated}
-                           for pair, (real, generated) in zip(pairs, scores.tolist())))
-    return scores
+    return parallel.all_sum(scores)  # every pair was scored by one rank; the others hold zeros
 
 
 def load_opponent(path, pairs):

@@ -8,7 +8,6 @@ neighbours and other padding. The standard deviation of the margin, over all pai
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,21 +24,14 @@ def main():
     args.iter = 0
     start = recipes.theta(recipe, args.run, 0)
     pairs = train.load_pairs(recipe, args, *load_tokenizer(start, recipe))
-    with parallel.join() as world, tempfile.TemporaryDirectory() as folder:
+    with parallel.join() as world:
         model = parallel.load_model(start, recipe, world, torch.float32)
         model = parallel.shard(model, world, parallel.compute_dtype(recipe.dtype, world.device))
-        opponent = train.score_opponent(model, pairs, recipe, 0, world, Path(folder) / "opponent.jsonl")
+        opponent = train.score_opponent(model, pairs, recipe, 0, world)
         print(f"{start}, {len(pairs)} pairs, {recipe.dtype}, {world.device.type}, micro-batches of {recipe.micro_batch} pairs")
         print("| the policy scores in | std of the margin, λ = 0.1 | λ = 5 | largest log-ratio |\n|---|---|---|---|")
         for epoch, name in ((0, "the opponent's micro-batches"), (1, "other micro-batches (control)")):
-            again = torch.zeros_like(opponent)
-            with torch.no_grad():
-                for batch in train.batches(len(pairs), recipe, 0, epoch):
-                    for rows, weight in train.micro_batches(batch, pairs, recipe, world):
-                        if weight.any():
-                            logps = train.score(model, rows, "spin", world.device).view(2, -1).T
-                            again[[row["index"] for row in rows]] = logps.double().cpu()
-            ratio = again - opponent
+            ratio = train.score_opponent(model, pairs, recipe, 0, world, epoch) - opponent
             margin = ratio[:, 0] - ratio[:, 1]
             print(f"| {name} | {0.1 * margin.std():.2g} | {5 * margin.std():.2g} | {ratio.abs().max():.2g} |")
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import encode, write_jsonl  # noqa: E402
+from data import collate, encode, write_jsonl  # noqa: E402
 from loss import sequence_logps, sft_loss  # noqa: E402
 
 TRAIN, HELDOUT = 2048, 512
@@ -104,10 +104,7 @@ def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> Lla
             kind, prompt, answer = task(rng)
             if prompt not in banned:
                 rows.append(encode(tokenizer, "paper", {"prompt": prompt}, careless(rng, kind, answer)))
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
-        mask = torch.tensor([mask + [0] * (width - len(mask)) for _, mask in rows])
-        attention = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in rows])
+        ids, attention, mask = collate(rows, "cpu")
         loss = sft_loss(sequence_logps(model, ids, attention, mask)).sum() / mask.sum()  # per token: easy to read
         optimizer.zero_grad()
         loss.backward()

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from data import collate  # noqa: E402
 from loss import ELL, sequence_logps, sft_loss, spin_loss  # noqa: E402
 from report import chart  # noqa: E402
 
@@ -85,23 +86,18 @@ def transformer(seed: int) -> GPT2LMHeadModel:
 
 def tabulate(model) -> torch.Tensor:
     """log p_θ(y|x) of every prompt and response, by sequence_logps of loss.py. (X, Y)"""
-    pad = [(0,) * (LONGEST - len(y)) for y in RESPONSES]
-    ids = torch.tensor([(EOS, x, *y, *p) for x in range(PROMPTS) for y, p in zip(RESPONSES, pad)])
-    mask = torch.tensor([(0, 0, *(1 for _ in y), *p) for y, p in zip(RESPONSES, pad)] * PROMPTS)
-    attention = torch.tensor([(1, 1, *(1 for _ in y), *p) for y, p in zip(RESPONSES, pad)] * PROMPTS)
-    return sequence_logps(model, ids, attention, mask).view(PROMPTS, -1)
+    rows = [((EOS, x, *y), (0, 0, *(1 for _ in y))) for x in range(PROMPTS) for y in RESPONSES]
+    return sequence_logps(model, *collate(rows, "cpu")).view(PROMPTS, -1)
 
 
 def gradient(loss, model) -> torch.Tensor:
     """The gradient of a scalar with respect to all of the model's parameters, flat. (P,)"""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
 
 
 def scores(model) -> torch.Tensor:
     """∇log p_θ(y|x) of every prompt and response. (X, Y, P)"""
-    table = tabulate(model)
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(v, list(model.parameters()), retain_graph=True)])
-            for v in table.flatten()]
+    rows = [gradient(logp, model) for logp in tabulate(model).flatten()]
     return torch.stack(rows).view(PROMPTS, len(RESPONSES), -1)
 
 

@@ -132,6 +132,13 @@ def test_pairs_of_two_iterations_must_be_of_one_sft_set(played, tmp_path, refuse
     assert "not those of" in refused(lambda: stage("train", tmp_path, "--iter", "1"))
 
 
+def test_a_damaged_prompts_json_is_refused(played, tmp_path, refused):
+    shutil.copytree(played / "iter0", tmp_path / "iter0")
+    shutil.rmtree(tmp_path / "iter0" / "model")
+    (tmp_path / "prompts.json").write_bytes(b'{"prom\xff')
+    assert "not those of" in refused(lambda: stage("train", tmp_path, "--iter", "0"))
+
+
 def test_an_sft_set_that_changed_since_the_run_began_is_refused(played, tmp_path, refused, data):
     flags = data("".join(f'{{"prompt": "p {i}", "response": "r"}}\n' for i in range(50)))
     stage("generate", tmp_path / "run", "--iter", "0", *flags)

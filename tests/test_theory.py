@@ -161,7 +161,7 @@ def test_the_generated_response_adds_lambda_squared_over_4_times_its_mean_square
         policy = tabulate(model)[x, few]
         frozen = policy.detach()
         losses = spin_loss(policy[:, None], policy[None, :], frozen[:, None], frozen[None, :], lam).flatten()
-        pairs += [torch.cat([g.flatten() for g in torch.autograd.grad(v, list(model.parameters()), retain_graph=True)]) for v in losses]
+        pairs += [gradient(loss, model) for loss in losses]
     g = torch.stack(pairs)
     by_scores = -lam / 2 * (s[:, few][:, :, None] - s[:, few][:, None, :]).flatten(0, 2)
     assert (g - by_scores).abs().max() < 1e-6  # a pair's gradient is what gradient_noise takes it to be
