@@ -186,17 +186,6 @@ def encode(tokenizer, template: str, pair: dict, response: str | list[int] | Non
     return (bos + ids + (response or []))[:max_length], mask[:max_length]
 
 
-def collate(rows: list[tuple[list[int], list[int]]], device):
-    """(ids, response mask) of B sequences -> input_ids, attention_mask, response_mask, each (B, T), padded on the right.
-
-    The attention mask comes from the lengths: an EOS inside the sequence is attended to, padding never is.
-    """
-    import torch
-    columns = [(ids, np.ones(len(ids)), mask) for ids, mask in rows]
-    return [torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in column],
-                                            batch_first=True).to(device) for column in zip(*columns)]
-
-
 @functools.lru_cache(maxsize=8)
 def special_tokens(tokenizer) -> tuple[str, ...]:
     """Every special token's text, those included that have no role, such as <repo_name>."""
@@ -261,30 +250,30 @@ def counts_line(counts: dict) -> str:
     return ", ".join(f"{name}: {number}" for name, number in counts.items() if number)
 
 
-def check_prompts(path: Path, pairs: list[dict]) -> str:
+def check_prompts(path: Path, pairs) -> str:
     """The text of RUN/prompts.json: the number and a hash of the run's prompts and human answers. Refuses pairs of others."""
-    digest = hashlib.sha256()
-    for pair in sorted(pairs, key=lambda pair: pair["id"]):
-        digest.update(json.dumps([pair["id"], pair.get("system"), pair["prompt"], pair["real"]]).encode())
-    mine = json.dumps({"prompts": len(pairs), "sha256": digest.hexdigest()}) + "\n"
+    number, total = 0, 0
+    for number, pair in enumerate(pairs, 1):  # hashes are added up, so that the order does not matter
+        text = json.dumps([pair["id"], pair.get("system"), pair["prompt"], pair["real"]])
+        total = (total + int.from_bytes(hashlib.sha256(text.encode()).digest())) % 2**256
+    mine = json.dumps({"prompts": number, "sha256": f"{total:064x}"}) + "\n"
     if path.exists() and path.read_bytes() != mine.encode():
-        fail(f"{len(pairs)} pairs that are not those of {path}: the SFT set or generated.jsonl has changed since the run "
+        fail(f"{number} pairs that are not those of {path}: the SFT set or generated.jsonl has changed since the run "
              "began; restore it, or choose another --run")
     return mine
 
 
-def read_generated(path: Path, iteration: int, vocabulary: int, eos: int) -> list[dict]:
-    """The rows of an iteration's generated.jsonl; ends with one line if they are not that iteration's."""
+def read_generated(path: Path, iteration: int, vocabulary: int, eos: int):
+    """The rows of an iteration's generated.jsonl, one by one; ends with one line if they are not that iteration's."""
     if not path.exists():
         fail(f"{path} is missing: run generate.py --iter {iteration} first")
-    rows = list(read_jsonl(path))
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path}, line {number}"
         to_pair(row, where)
         if type(row.get("id")) is not int or row.get("iter") != iteration:
             fail(f"{where}: id {row.get('id')!r} of iteration {row.get('iter')!r} in the file of iteration {iteration}")
         check_ids(row, where, vocabulary, eos)
-    return rows
+        yield row
 
 
 def check_ids(row: dict, where: str, vocabulary: int, eos: int):

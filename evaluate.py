@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from data import collate, counts_line, encode, load_tokenizer, read_rows, select
+from data import counts_line, encode, load_tokenizer, read_rows, select
 from loss import sequence_logps, spin_margin
+from packing import pack, packed, share
 from recipe import at, check_model, check_run, fail, iter_dir, parse, save_run, theta, write_whole
 from sample import sample, uniforms
 
@@ -122,10 +123,12 @@ def draw(model, tokenizer, chunk, recipe, t):
 
 
 def logps(model, sequences, recipe):
-    """log p_θ(y|x) of each sequence, (B,), as many at a time as train.py passes."""
-    size = 2 * recipe.micro_batch
-    return torch.cat([sequence_logps(model, *collate(sequences[i:i + size], model.device))
-                      for i in range(0, len(sequences), size)]).cpu()
+    """log p_θ(y|x) of each sequence, (B,), packed as train.py packs them."""
+    result = torch.zeros(len(sequences))
+    with packed(model, recipe.attention):
+        for row in share([len(ids) for ids, _ in sequences], recipe.micro_tokens):
+            result[row] = sequence_logps(model, *pack([sequences[i] for i in row], model.device)).cpu()
+    return result
 
 
 def summarise(table: np.ndarray, game: bool) -> dict:

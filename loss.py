@@ -24,28 +24,55 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log p(y_t | y_<t, x) of each label, in nats.
+    """log p(y_t | y_<t, x) of each label, in nats: its logit less the logarithm of the sum of all exponentials.
 
     logits (…, T, V) of any float dtype; labels (…, T), already shifted: logits[…, t, :] predicts labels[…, t].
     Returns (…, T) in fp32 (float64 for float64 logits).
     """
-    logps = F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten(), reduction="none")
-    return -logps.view(labels.shape)
+    return _TokenLogps.apply(logits.flatten(0, -2), labels.flatten()).view(labels.shape)
 
 
-def sequence_logps(model, input_ids: torch.Tensor, attention_mask: torch.Tensor,
-                   response_mask: torch.Tensor) -> torch.Tensor:
+class _TokenLogps(torch.autograd.Function):
+    """The same as log_softmax and gather, gradient included, without their copies of all logits in fp32.
+
+    For a large vocabulary those copies are what memory runs out of; a few tokens at a time need little.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):  # (N, V), (N,)
+        ctx.block = max(1, 2**22 // logits.shape[-1])  # tokens: 16 MiB in fp32
+        normaliser = torch.cat([_wide(block).logsumexp(-1) for block in logits.split(ctx.block)])  # (N,)
+        ctx.save_for_backward(logits, labels, normaliser)
+        return _wide(logits.gather(-1, labels[:, None]).squeeze(-1)) - normaliser
+
+    @staticmethod
+    def backward(ctx, gradient):  # d log p(y) / d logit_v = 1[v = y] − p(v)
+        logits, labels, normaliser = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        blocks = (x.split(ctx.block) for x in (result, logits, labels[:, None], normaliser[:, None], gradient[:, None]))
+        for out, block, label, norm, g in zip(*blocks):
+            p = (_wide(block) - norm).exp_()
+            out.copy_(p.mul_(-g).scatter_add_(-1, label, g))
+        return result, None
+
+
+def sequence_logps(model, input_ids: torch.Tensor, response_mask: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over the response's tokens, not a mean.
 
-    input_ids, attention_mask, response_mask: (B, T), padded on the right; response_mask is 1 on the tokens of y
-    (its EOS among them), 0 on the prompt and the padding. model: any causal transformers model. Returns (B,).
+    input_ids, response_mask: (1, T), N sequences packed one after the other; response_mask is 1 on the tokens of y (its
+    EOS among them), 0 on the prompt. lengths: of the N sequences; their sum is T. Returns (N,).
+    model: any causal transformers model, which keeps the sequences apart by the positions or by cu_seq_lens.
     """
-    start = int(response_mask.any(0).int().argmax())  # the first column that holds a response token in any row
-    keep = input_ids.shape[1] - start + 1  # no logits for the columns of prompt alone: vocabulary × prompt is waste
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep,
-                   use_cache=False).logits  # (B, keep, V)
-    logps = token_logps(logits[:, :-1], input_ids[:, start:])  # position t predicts token t + 1
-    return (logps * response_mask[:, start:]).sum(-1)
+    device, length = input_ids.device, max(lengths)
+    position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])[None]  # (1, T)
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # (N + 1,)
+    response = response_mask[0].nonzero()[:, 0]  # (K,) where the tokens of all y lie; the token before predicts each
+    logits = model(input_ids=input_ids, position_ids=position_ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
+                   max_length_q=length, max_length_k=length, use_cache=False,
+                   logits_to_keep=response - 1).logits.squeeze(0)  # (K, V): none for the prompt, vocabulary × prompt is waste
+    logps = token_logps(logits, input_ids[0, response])  # (K,)
+    counts = [int(mask.sum()) for mask in response_mask[0].split(lengths)]
+    return torch.stack([y.sum() for y in logps.split(counts)])  # not index_add: on a GPU its order, and so its sum, varies
 
 
 def spin_loss(policy_real: torch.Tensor, policy_generated: torch.Tensor,

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, apply_activation_checkpointing
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from recipe import fail
 
@@ -68,29 +70,91 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         name, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
+def attention(recipe, world: World) -> str:
+    """transformers' name of the attention: --attention, where auto is flash-attn where it can be used, else torch's SDPA."""
+    from transformers.utils import is_flash_attn_2_available
+    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention knows 16-bit numbers only
+    best = "flash_attention_2" if world.device.type == "cuda" and half and is_flash_attn_2_available() else "sdpa"
+    return best if recipe.attention == "auto" else recipe.attention
+
+
 def load_model(name: str, recipe, world: World, dtype: torch.dtype):
-    """A transformers model in dtype, on the CPU.
+    """A transformers model in dtype, whole, on the CPU. Ends with one line if it cannot be loaded, or not all of it.
 
     In eval mode, and it stays so: with dropout on, the policy before its first update would not be the opponent.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import is_flash_attn_2_available
-    attention = recipe.attention
-    if attention == "auto":  # FlashAttention knows 16-bit numbers only
-        half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16
-        attention = "flash_attention_2" if world.device.type == "cuda" and half and is_flash_attn_2_available() else "sdpa"
     revision = (recipe.revision if name == recipe.model else "") or None
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation=attention,
-                                                     use_safetensors=True)  # a .bin is a pickle, and could run code
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, attn_implementation=attention(recipe, world), output_loading_info=True,
+            use_safetensors=True)  # a .bin is a pickle, and could run code
     except Exception as problem:  # safetensors, json, OS and hub errors: each means there is no usable model
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # which transformers would only warn of
+        if report[kind]:
+            fail(f"the weights in {name} are not those of its config.json: {kind.replace('_', ' ')} {sorted(report[kind])[:3]}")
     return model.eval()
 
 
 def load_frozen(name: str, recipe, world: World):
     """A model to sample from or to score with, whole on this rank's device, in the compute dtype."""
     return load_model(name, recipe, world, compute_dtype(recipe.dtype, world.device)).to(world.device)
+
+
+def load_sharded(name: str, recipe, world: World):
+    """A model to train, sharded, from safetensors: each rank reads its own share of each weight, and no rank holds it all.
+
+    Where the names in the files are not the modules' (transformers renames or merges weights of some families),
+    every rank reads the whole model into host memory first.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    try:
+        folder = name if Path(name).is_dir() else snapshot_download(
+            name, revision=(recipe.revision if name == recipe.model else "") or None, allow_patterns=["*.json", "model*.safetensors"])
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
+                                                     attn_implementation=attention(recipe, world)).eval()
+        if (Path(folder) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception as problem:
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    tied = _tied(model)
+    shapes = {n: w.shape for n, w in model.state_dict().items() if n not in tied}
+    if shapes != {n: w.size for n, w in stored.items() if n not in tied}:
+        return shard(load_model(name, recipe, world, torch.float32), recipe, world)
+    model = shard(model, recipe, world)
+    buffers = [(m, n, b.to(world.device)) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
+    torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied
+    model.to_empty(device="cpu" if recipe.offload else world.device)
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    for module, n, buffer in buffers:
+        setattr(module, n, buffer)
+    dcp.load({n: w for n, w in get_model_state_dict(model).items() if n not in tied},
+             storage_reader=HuggingFaceStorageReader(folder))
+    return model
+
+
+def _tied(model) -> set[str]:
+    """Names that are second names of a weight, such as lm_head.weight where the embedding serves as the head."""
+    return {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+
+
+@contextlib.contextmanager
+def _parameters_on_meta():
+    """Modules made inside have no memory for their parameters, but keep their buffers: those are computed, not stored."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:  # tied ones come a second time, and must stay one object
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
 
 
 def identity(name: str, recipe) -> str:
@@ -106,23 +170,24 @@ def identity(name: str, recipe) -> str:
     return digest.hexdigest() if Path(name).is_dir() else f"{name}@{recipe.revision}"
 
 
-def shard(model, world: World, dtype: torch.dtype, recompute: bool = False):
-    """FSDP2: fp32 master weights split over the ranks, gathered block by block in the compute dtype; fp32 gradients.
-
-    recompute: activation checkpointing, block by block.
-    """
+def shard(model, recipe, world: World):
+    """FSDP2: fp32 master weights split over the ranks, gathered block by block in the compute dtype; fp32 gradients."""
     is_block = lambda m: type(m).__name__ in (model._no_split_modules or ())  # noqa: E731
     blocks = [m for m in model.modules() if is_block(m)]
     if not blocks:
         fail(f"{type(model).__name__} does not name its blocks (_no_split_modules): FSDP cannot shard it block by block")
-    if recompute:
+    if world.size % recipe.replicas:
+        fail(f"--replicas {recipe.replicas} does not divide the number of ranks, {world.size}")
+    if recipe.recompute:  # activation checkpointing, block by block
         apply_activation_checkpointing(model, check_fn=is_block)
         blocks = [m for m in model.modules() if isinstance(m, CheckpointWrapper)]
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(world.device.type, (recipe.replicas, world.size // recipe.replicas), mesh_dim_names=("copy", "shard"))
+    how = dict(mesh=mesh if recipe.replicas > 1 else mesh["shard"],
+               mp_policy=MixedPrecisionPolicy(compute_dtype(recipe.dtype, world.device), reduce_dtype=torch.float32),
+               offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if recipe.offload else OffloadPolicy())
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **how)
+    return fully_shard(model, **how)
 
 
 def clip_gradients(model, largest: float) -> torch.Tensor:
@@ -168,7 +233,7 @@ def load_checkpoint(folder: Path, note: dict, model, optimizer) -> int:
 def export(model, tokenizer, folder: Path, world: World):
     """θ_{t+1} as a transformers folder, in fp32: bf16 would round away what an iteration changed. Appears whole."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    tied = _tied(model)
     weights = {name: w for name, w in weights.items() if name not in tied}  # gathered, they no longer share storage
     if world.rank == 0:
         part = folder.with_name(folder.name + ".part")

@@ -70,11 +70,14 @@ class Recipe:
     max_length: int = knob(2048, "longest prompt and response together, in tokens", POSITIVE)
 
     # the machine's knobs: they change speed and memory, and no more of the result than rounding
-    micro_batch: int = knob(1, "pairs per rank in one forward and backward pass", POSITIVE, None, False)
+    micro_tokens: int = knob(8192, "tokens per rank in one forward and backward pass; a longer pair goes alone", POSITIVE,
+                             None, False)
     dtype: str = knob("auto", "compute dtype; auto: bf16 on CUDA, else fp32", None, ("auto", "bf16", "fp32"), False)
-    attention: str = knob("auto", "auto: FlashAttention-2 where installed (CUDA), else torch's SDPA",
+    attention: str = knob("auto", "auto: FlashAttention-2 on CUDA, flash-attn's where installed, else torch's; elsewhere SDPA",
                           None, ("auto", "sdpa", "eager", "flash_attention_2"), False)
     recompute: bool = knob(True, "activation checkpointing: less memory for a third more compute", tied=False)
+    offload: bool = knob(False, "keep weights, gradients and optimizer in host memory (small cards; slow)", tied=False)
+    replicas: int = knob(1, "whole copies of the sharded model, such as one a node (hybrid sharding)", POSITIVE, None, False)
     checkpoint_every: int = knob(200, "optimizer steps between resume checkpoints", POSITIVE, None, False)
 
 
@@ -83,11 +86,10 @@ class Recipe:
 RECIPES = {
     "paper": {},
     "small": dict(model="HuggingFaceTB/SmolLM2-360M-Instruct", revision="", template="chat", num_prompts=5_000,
-                  max_length=1024, lr=(1e-6, 1e-6, 2e-7, 2e-7), micro_batch=2),
+                  max_length=1024, lr=(1e-6, 1e-6, 2e-7, 2e-7), micro_tokens=2048),
     "demo": dict(model="demo/theta0", revision="", data="demo/train.jsonl", eval_data="demo/heldout.jsonl",
                  num_prompts=2048, eval_prompts=512, max_new_tokens=24, max_length=64, chunk=256, sft_baseline=True,
-                 lam=(5.0,), lr=(3e-5, 3e-5, 6e-6, 6e-6), micro_batch=64, recompute=False,
-                 checkpoint_every=16),
+                 lam=(5.0,), lr=(3e-5, 3e-5, 6e-6, 6e-6), recompute=False, checkpoint_every=16),
 }
 
 

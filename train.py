@@ -25,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from data import (check_ids, check_prompts, collate, counts_line, encode, load_tokenizer, read_generated, read_jsonl,
-                  read_rows, to_pair, write_jsonl)
+from data import (check_ids, check_prompts, counts_line, encode, load_tokenizer, read_generated, read_jsonl, read_rows,
+                  to_pair, write_jsonl)
 from loss import sequence_logps, sft_loss, spin_loss, spin_margin
+from packing import pack, packed, share
 from recipe import at, check_run, fail, iter_dir, parse, save_run, theta, write_whole
 
 
@@ -45,24 +46,18 @@ def main(argv=None):
     note = {"start": parallel.identity(start, recipe), "pairs": fingerprint(pairs)}
 
     with parallel.join() as world:
-        dtype = parallel.compute_dtype(recipe.dtype, world.device)
-        model = parallel.load_model(start, recipe, world, torch.float32)
+        model = parallel.load_sharded(start, recipe, world)
         parallel.barrier()  # nobody writes before everybody has its model
         if world.rank == 0:
             print(f"theta_{t} ({start}) trains on {len(pairs)} pairs, objective {recipe.objective}")
             save_run(recipe, args.run)
         out.mkdir(parents=True, exist_ok=True)
-        model = parallel.shard(model, world, dtype, recipe.recompute)
-        optimizer = torch.optim.RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha)  # Appendix B.1: no weight decay
+        # Appendix B.1: no weight decay. foreach would make temporaries as large as the rank's share of the model
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         done = parallel.load_checkpoint(out / "checkpoint", note, model, optimizer)
-        opponent = None
-        if recipe.objective == "spin":  # the policy is still θ_t, unless a checkpoint was loaded
-            path = out / "opponent.jsonl"
-            opponent = load_opponent(path, pairs) if done else score_opponent(model, pairs, recipe, t, world)
-            if not done and world.rank == 0:
-                write_jsonl(path, ({"id": pair["id"], "iter": pair["iter"], "logp_real": real, "logp_generated": generated}
-                                   for pair, (real, generated) in zip(pairs, opponent.tolist())))
-        train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done)
+        with packed(model, recipe.attention):
+            opponent = frozen_scores(model, pairs, recipe, t, world, out, note, done) if recipe.objective == "spin" else None
+            train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done)
         parallel.export(model, tokenizer, out / "model", world)
         if world.rank == 0:
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
@@ -126,10 +121,29 @@ def play(logps, opponent, lam, ell) -> dict:
 def score(model, rows, objective, device):
     """log p_θ of both halves of the pairs in one pass: (2B,), the real ones first; of the real ones alone, (B,), for SFT."""
     sequences = [row["real"] for row in rows] + ([row["generated"] for row in rows] if objective == "spin" else [])
-    return sequence_logps(model, *collate(sequences, device))
+    return sequence_logps(model, *pack(sequences, device))
 
 
 # ---- the frozen opponent -----------------------------------------------------------------------------------------
+
+def frozen_scores(model, pairs, recipe, t, world, out, note, done):
+    """The frozen opponent's scores, (N, 2): those in opponent.jsonl if this start and these pairs made them, else new ones.
+
+    New ones need the policy to be θ_t still; ends with one line if a checkpoint was loaded and its scores are gone.
+    """
+    path, key = out / "opponent.jsonl", out / "opponent.json"
+    if key.exists() and json.loads(key.read_text()) == note:
+        return load_opponent(path, pairs)
+    if done:
+        fail(f"the opponent's scores of {out / 'checkpoint'} are missing from {out}: delete the checkpoint to start anew")
+    scores = score_opponent(model, pairs, recipe, t, world)
+    if world.rank == 0:
+        key.unlink(missing_ok=True)
+        write_jsonl(path, ({"id": pair["id"], "iter": pair["iter"], "logp_real": real, "logp_generated": generated}
+                           for pair, (real, generated) in zip(pairs, scores.tolist())))
+        write_whole(key, json.dumps(note) + "\n")
+    return scores
+
 
 def score_opponent(model, pairs, recipe, t, world, epoch=0):
     """log p_θt(y|x) and log p_θt(y'|x) of all pairs, (N, 2), on every rank.
@@ -150,12 +164,10 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
 
 
 def load_opponent(path, pairs):
-    """The scores that this iteration wrote before its checkpoint, (N, 2), joined by (iter, id)."""
-    if not path.exists():
-        fail(f"{path} is missing but {path.parent / 'checkpoint'} is there: delete the checkpoint to start anew")
+    """The scores in opponent.jsonl, (N, 2), joined by (iter, id)."""
     found = {(row["iter"], row["id"]): (row["logp_real"], row["logp_generated"]) for row in read_jsonl(path)}
     if set(found) != {(pair["iter"], pair["id"]) for pair in pairs}:
-        fail(f"{path} scores other pairs than this iteration's: delete it and {path.parent / 'checkpoint'}")
+        fail(f"{path} does not score this iteration's pairs: delete {path.parent} but generated.jsonl, to start it anew")
     return torch.tensor([found[pair["iter"], pair["id"]] for pair in pairs], dtype=torch.float64)
 
 
@@ -185,18 +197,17 @@ def load_pairs(recipe, args, tokenizer, vocabulary) -> list[dict]:
 
 
 def own_pairs(recipe, args, tokenizer, vocabulary):
-    """The rows of generated.jsonl of the latest iterations, all of one SFT set."""
-    t, rows = args.iter, []
+    """The rows of generated.jsonl of the latest iterations, all of one SFT set, one by one."""
+    t = args.iter
     for s in range(max(0, t + 1 - at(recipe.mix, t)), t + 1):
-        found = read_generated(iter_dir(args.run, s) / "generated.jsonl", s, vocabulary, tokenizer.eos_token_id)
-        check_prompts(args.run / "prompts.json", found)
-        rows += found
-    return rows
+        rows = lambda: read_generated(iter_dir(args.run, s) / "generated.jsonl", s, vocabulary, tokenizer.eos_token_id)  # noqa: E731, B023
+        check_prompts(args.run / "prompts.json", rows())
+        yield from rows()
 
 
 def foreign_pairs(recipe, args, tokenizer, vocabulary):
     """The rows of the files of --pairs, in any shape that holds y'; what cannot be used is counted, by select's rules."""
-    rows, seen, counts = [], set(), collections.Counter()
+    number, seen, counts = 0, set(), collections.Counter()
     for source in args.pairs:
         for line, row in enumerate(read_rows(source, recipe.split), 1):
             where = f"{source}, row {line}"
@@ -207,6 +218,7 @@ def foreign_pairs(recipe, args, tokenizer, vocabulary):
                 check_ids(pair, where, vocabulary, tokenizer.eos_token_id)
             counts["read"] += 1
             key = json.dumps([pair.get(k) for k in ("system", "prompt", "real", "generated", "generated_ids")])
+            key = hashlib.sha256(key.encode()).digest()
             if not all(pair[k].strip() for k in ("prompt", "real")) or not pair.get("generated_ids", pair["generated"].strip()):
                 counts["empty prompt or response"] += 1
             elif key in seen:
@@ -215,10 +227,10 @@ def foreign_pairs(recipe, args, tokenizer, vocabulary):
                 counts["prompt too long"] += 1
             else:
                 seen.add(key)
-                rows.append({**pair, "id": len(rows), "iter": args.iter})
+                yield {**pair, "id": number, "iter": args.iter}
+                number += 1
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"pairs: {counts_line(counts)}")
-    return rows
 
 
 def fingerprint(pairs) -> str:
@@ -237,18 +249,16 @@ def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
 
 
 def micro_batches(batch, pairs, recipe, world):
-    """This rank's share of a global batch, in micro-batches: (rows, weight (B,)) each.
+    """This rank's share of a global batch, in micro-batches of --micro-tokens: (rows, weight (B,)) each.
 
-    Sorted by length, so that what is padded together is of a length and ranks get equal work. All ranks make equally many
-    passes, as FSDP must; where pairs run out, a pair of another rank stands in with weight 0.
+    Ranks and micro-batches get equal numbers of tokens, as near as may be. All ranks make equally many passes, as FSDP must;
+    where pairs run out, the shortest one stands in with weight 0.
     """
-    size = lambda i: len(pairs[i]["real"][0]) + len(pairs[i]["generated"][0])  # noqa: E731
-    order, width = sorted(batch, key=lambda i: (-size(i), i)), recipe.micro_batch * world.size
-    for begin in range(0, len(order), width):
-        everyone = order[begin:begin + width]
-        mine = everyone[world.rank::world.size]
-        weight = [1.0] * len(mine) if mine else [0.0]
-        yield [pairs[i] for i in mine or everyone[:1]], torch.tensor(weight)
+    halves = ("real", "generated") if recipe.objective == "spin" else ("real",)
+    sizes = [sum(len(pairs[i][half][0]) for half in halves) for i in batch]
+    for mine in share(sizes, recipe.micro_tokens, world.size)[world.rank::world.size]:
+        weight = [1.0] * len(mine) or [0.0]
+        yield [pairs[batch[k]] for k in mine or [sizes.index(min(sizes))]], torch.tensor(weight)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -17,6 +17,7 @@ import parallel  # noqa: E402
 import recipe as recipes  # noqa: E402
 import train  # noqa: E402
 from data import load_tokenizer  # noqa: E402
+from packing import packed  # noqa: E402
 
 
 def main():
@@ -25,13 +26,14 @@ def main():
     start = recipes.theta(recipe, args.run, 0)
     pairs = train.load_pairs(recipe, args, *load_tokenizer(start, recipe))
     with parallel.join() as world:
-        model = parallel.load_model(start, recipe, world, torch.float32)
-        model = parallel.shard(model, world, parallel.compute_dtype(recipe.dtype, world.device))
-        opponent = train.score_opponent(model, pairs, recipe, 0, world)
-        print(f"{start}, {len(pairs)} pairs, {recipe.dtype}, {world.device.type}, micro-batches of {recipe.micro_batch} pairs")
+        model = parallel.load_sharded(start, recipe, world)
+        score = lambda epoch: train.score_opponent(model, pairs, recipe, 0, world, epoch)  # noqa: E731
+        with packed(model, recipe.attention):
+            scores = [score(0), score(0), score(1)]
+        print(f"{start}, {len(pairs)} pairs, {recipe.dtype}, {world.device.type}, micro-batches of {recipe.micro_tokens} tokens")
         print("| the policy scores in | std of the margin, λ = 0.1 | λ = 5 | largest log-ratio |\n|---|---|---|---|")
-        for epoch, name in ((0, "the opponent's micro-batches"), (1, "other micro-batches (control)")):
-            ratio = train.score_opponent(model, pairs, recipe, 0, world, epoch) - opponent
+        for again, name in zip(scores[1:], ("the opponent's micro-batches", "other micro-batches (control)")):
+            ratio = again - scores[0]
             margin = ratio[:, 0] - ratio[:, 1]
             print(f"| {name} | {0.1 * margin.std():.2g} | {5 * margin.std():.2g} | {ratio.abs().max():.2g} |")
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import collate, encode, write_jsonl  # noqa: E402
-from loss import sequence_logps, sft_loss  # noqa: E402
+from data import encode, write_jsonl  # noqa: E402
+from loss import token_logps  # noqa: E402
 
 TRAIN, HELDOUT = 2048, 512
 
@@ -104,8 +105,7 @@ def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> Lla
             kind, prompt, answer = task(rng)
             if prompt not in banned:
                 rows.append(encode(tokenizer, "paper", {"prompt": prompt}, careless(rng, kind, answer)))
-        ids, attention, mask = collate(rows, "cpu")
-        loss = sft_loss(sequence_logps(model, ids, attention, mask)).sum() / mask.sum()  # per token: easy to read
+        loss = nll_per_token(model, rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,6 +114,16 @@ def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> Lla
         if step % 50 == 0:
             bar.set_postfix(nll_per_token=f"{loss.item():.3f}")
     return model
+
+
+def nll_per_token(model, rows) -> torch.Tensor:
+    """−log p_θ(y|x) over the response's tokens, in a padded batch. (), with gradient"""
+    columns = [(ids, [1] * len(ids), mask) for ids, mask in rows]
+    ids, attention, mask = (pad_sequence([torch.tensor(row) for row in column], batch_first=True) for column in zip(*columns))
+    start = int(mask.any(0).int().argmax())  # the first column with a response token
+    logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=ids.shape[1] - start + 1, use_cache=False).logits
+    logps = (token_logps(logits[:, :-1], ids[:, start:]) * mask[:, start:]).sum(-1)
+    return -logps.sum() / mask.sum()
 
 
 def main():

@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import collate  # noqa: E402
 from loss import ELL, sequence_logps, sft_loss, spin_loss  # noqa: E402
+from packing import pack, packed  # noqa: E402
 from report import chart  # noqa: E402
 
 PROMPTS, LETTERS, LONGEST, EOS = 4, 3, 3, 3  # tokens 0 to 2 are letters, 3 the EOS; prompt x is the tokens (EOS, x)
@@ -87,7 +87,8 @@ def transformer(seed: int) -> GPT2LMHeadModel:
 def tabulate(model) -> torch.Tensor:
     """log p_θ(y|x) of every prompt and response, by sequence_logps of loss.py. (X, Y)"""
     rows = [((EOS, x, *y), (0, 0, *(1 for _ in y))) for x in range(PROMPTS) for y in RESPONSES]
-    return sequence_logps(model, *collate(rows, "cpu")).view(PROMPTS, -1)
+    with packed(model):
+        return sequence_logps(model, *pack(rows, "cpu")).view(PROMPTS, -1)
 
 
 def gradient(loss, model) -> torch.Tensor:

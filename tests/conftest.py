@@ -21,7 +21,7 @@ import train  # noqa: E402
 
 torch.set_num_threads(1)
 THETA0 = REPO / "demo" / "theta0"
-MICRO = ["--recipe", "demo", "--num-prompts", "40", "--eval-prompts", "12", "--batch-size", "12", "--micro-batch", "5",
+MICRO = ["--recipe", "demo", "--num-prompts", "40", "--eval-prompts", "12", "--batch-size", "12", "--micro-tokens", "200",
          "--chunk", "16", "--checkpoint-every", "2", "--no-sft-baseline", "--lam", "5", "4", "--lr", "3e-5", "2e-5"]
 
 

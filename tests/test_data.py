@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from data import collate, decode, encode, holds_special, read_jsonl, read_rows, render, select, to_pair, write_jsonl
+from data import decode, encode, holds_special, read_jsonl, read_rows, render, select, to_pair, write_jsonl
 
 USER, BOT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 WANTED = {"prompt": "Hi?", "real": "Hello."}
@@ -173,13 +173,6 @@ def test_chat_without_a_chat_template_is_refused(tokenizer, refused):
 
 def test_other_braces_in_template_or_prompt_are_plain_text(tokenizer):
     assert render(tokenizer, "{x} {prompt} {0}", "a {prompt} {y}") == "{x} a {prompt} {y} {0}"
-
-
-def test_the_attention_mask_comes_from_lengths_and_not_from_eos_or_pad_ids(tokenizer):
-    eos = tokenizer.eos_token_id
-    assert tokenizer.pad_token_id == eos  # the case that goes wrong elsewhere
-    ids, attention, response = collate([([1, 5, eos], [0, 1, 1]), ([1, 5], [0, 1])], "cpu")
-    assert attention.tolist() == [[1, 1, 1], [1, 1, 0]] and response.tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
 # ---- selection -------------------------------------------------------------------------------------------------

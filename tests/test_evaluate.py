@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import recipe as recipes
 import report
-from data import collate, encode, read_rows, select
+from data import encode, read_rows, select
 from loss import sequence_logps
+from packing import pack
 from sample import sample, uniforms
 
 
@@ -70,7 +71,7 @@ def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played
     margins = []
     for pair, (y, _) in zip(pairs, drawn):
         two = [encode(tokenizer, "paper", pair, response) for response in (pair["real"], y)]
-        new, old = ([sequence_logps(m, *collate([s], "cpu")).item() for s in two] for m in (theta_2, theta_1))
+        new, old = ([sequence_logps(m, *pack([s], "cpu")).item() for s in two] for m in (theta_2, theta_1))
         margins.append(4.0 * ((new[0] - old[0]) - (new[1] - old[1])))
     figures = json.loads((played / "iter1" / "eval.json").read_text())
     assert figures["margin"] == pytest.approx(sum(margins) / 12, rel=1e-3, abs=1e-4)

@@ -11,8 +11,9 @@ from conftest import MICRO, THETA0, stage, torchrun
 from transformers import GenerationConfig
 
 import parallel
-from data import collate, decode, encode, read_jsonl
+from data import decode, encode, read_jsonl
 from loss import sequence_logps
+from packing import pack
 from sample import InverseCDF, sample, uniforms
 
 
@@ -128,7 +129,7 @@ def test_whole_answers_occur_as_often_as_their_log_probs_say(model, tokenizer):
     kinds = sorted({tuple(y) for y, _ in answers})
     with torch.no_grad():
         rows = [(ids + list(y), [0] * len(ids) + [1] * len(y)) for y in kinds]
-        p = sequence_logps(model, *collate(rows, "cpu")).double().exp().numpy()
+        p = sequence_logps(model, *pack(rows, "cpu")).double().exp().numpy()
     counts = np.array([sum(tuple(y) == kind for y, _ in answers) for kind in kinds])
     often = p * n > 20
     assert often.sum() >= 4

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from data import collate, encode
+from data import encode
 from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps
+from packing import pack
 
 torch.manual_seed(0)
 FOUR = torch.randn(4, 6, dtype=torch.float64) * 3  # policy real, policy generated, opponent real, opponent generated
@@ -100,8 +101,8 @@ def sequences(tokenizer):
 
 
 @torch.no_grad()
-def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_the_padding(model, sequences):
-    together = sequence_logps(model, *collate(sequences, "cpu"))
+def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_shares_the_row(model, sequences):
+    together = sequence_logps(model, *pack(sequences, "cpu"))
     for (ids, mask), logp in zip(sequences, together.tolist()):
         assert logp == pytest.approx(chain_rule(model, ids, mask), abs=1e-4)
         assert logp != pytest.approx(chain_rule(model, ids, mask, average=True), abs=1e-2)  # control: a mean
@@ -110,12 +111,12 @@ def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_th
         assert logp != pytest.approx((unshifted * torch.tensor(mask)).sum().item(), abs=1e-2)
 
 
-def test_logits_are_computed_from_the_first_response_column_on_only(model, sequences):
+def test_logits_are_computed_for_response_tokens_only(model, sequences):
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    ids, attention, mask = collate(sequences, "cpu")
-    sequence_logps(model, ids, attention, mask)
-    assert seen[0][1] == ids.shape[1] - min(m.index(1) for _, m in sequences) + 1 < ids.shape[1]
+    row = pack(sequences, "cpu")
+    sequence_logps(model, *row)
+    assert seen[0][1] == sum(sum(mask) for _, mask in sequences) < row[0].shape[1]
 
 
 def test_the_first_gradient_of_spin_is_half_lambda_of_the_sft_gradient_less_the_score_of_the_generated(model, sequences):
@@ -124,8 +125,8 @@ def test_the_first_gradient_of_spin_is_half_lambda_of_the_sft_gradient_less_the_
         model.zero_grad()
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
-    real, generated = (sequence_logps(model, *collate([s], "cpu")) for s in sequences[:2])
+    real, generated = (sequence_logps(model, *pack([s], "cpu")) for s in sequences[:2])
     got = gradient(spin_loss(real, generated, real.detach(), generated.detach(), lam=0.3).sum())
-    real, generated = (sequence_logps(model, *collate([s], "cpu")) for s in sequences[:2])
+    real, generated = (sequence_logps(model, *pack([s], "cpu")) for s in sequences[:2])
     wanted = -0.15 * gradient(real.sum()) + 0.15 * gradient(generated.sum())
     assert torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max())

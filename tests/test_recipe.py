@@ -45,7 +45,7 @@ def test_a_model_of_ones_own_does_not_take_the_papers_revision():
     (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--lam", "-1"], "--lam"),
     (["--batch-size", "0"], "--batch-size"), (["--epochs", "-2"], "--epochs"), (["--warmup", "1.5"], "--warmup"),
     (["--top-p", "0"], "--top-p"), (["--temperature", "-1"], "--temperature"), (["--num-prompts", "0"], "--num-prompts"),
-    (["--max-new-tokens", "64"], "--max-new-tokens"), (["--micro-batch", "0"], "--micro-batch"), (["--mix", "0"], "--mix"),
+    (["--max-new-tokens", "64"], "--max-new-tokens"), (["--micro-tokens", "0"], "--micro-tokens"), (["--mix", "0"], "--mix"),
     (["--clip", "0"], "--clip"), (["--seed", "-1"], "--seed"), (["--lr", "fast"], "--lr"), (["--ell", "square"], "--ell"),
     (["--template", "no place"], "--template"), (["--nonsense"], "--nonsense"), (["--iter", "-1"], "--iter"),
     (["--chunk", "2.5"], "--chunk"), (["--model", "no/such/model"], "no model"), (["--data", "no/such.jsonl"], "no/such.jsonl"),
@@ -92,7 +92,7 @@ def test_a_run_of_another_recipe_is_refused_with_the_differing_knobs_named(playe
     line = refused(lambda: stage("generate", played, "--iter", "2", "--lam", "3", "--seed", "7"))
     assert "lam: [5.0, 4.0] there, [3.0] asked" in line and "seed: 0 there, 7 asked" in line and "lr" not in line.split("(")[1].split(")")[0]
     assert (played / "recipe.json").read_bytes() == before
-    stage("generate", played, "--iter", "0", "--micro-batch", "2", "--dtype", "bf16")  # the machine's knobs may change
+    stage("generate", played, "--iter", "0", "--micro-tokens", "99", "--dtype", "bf16")  # the machine's knobs may change
 
 
 def test_a_damaged_or_newer_recipe_is_refused(played, tmp_path, refused):

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import parallel
 import recipe as recipes
 import train
-from data import collate, read_jsonl, write_jsonl
+from data import read_jsonl, write_jsonl
 from loss import sequence_logps
+from packing import pack
 
 
 def metrics(folder):
@@ -80,7 +81,7 @@ def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(
     assert len(rows) == len(pairs) == 80 and {t for t, _ in rows} == {0, 1}
     for half in ("real", "generated"):
         wanted = torch.tensor([rows[p["iter"], p["id"]][f"logp_{half}"] for p in pairs])
-        batch = collate([p[half] for p in pairs], "cpu")
+        batch = pack([p[half] for p in pairs], "cpu")
         with torch.no_grad():
             assert torch.allclose(sequence_logps(theta_1, *batch), wanted, atol=1e-4)
             assert not torch.allclose(sequence_logps(theta_2, *batch), wanted, atol=1e-4)  # controls: another model
@@ -108,7 +109,7 @@ def oracle(run, t, steps):
     model = AutoModelForCausalLM.from_pretrained(recipes.theta(recipe, run, t), dtype=torch.float32).eval()
     square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     total, losses = 2 * math.ceil(len(pairs) / 12), []
-    half = lambda batch, k: sequence_logps(model, *collate([pairs[i][k] for i in batch], "cpu"))  # noqa: E731
+    half = lambda batch, k: sequence_logps(model, *pack([pairs[i][k] for i in batch], "cpu"))  # noqa: E731
     with torch.no_grad():
         frozen = {k: half(range(len(pairs)), k) for k in ("real", "generated")}
     lr, lam = (3e-5, 2e-5)[t], (5.0, 4.0)[t]
@@ -137,16 +138,20 @@ def test_the_losses_are_those_of_algorithm_1_written_out_in_plain_pytorch(played
     assert got == pytest.approx(oracle(played, t, 4), rel=1e-4)
 
 
-def test_two_ranks_give_the_losses_of_one_process_and_a_model_that_loads(played, tmp_path):
+@pytest.mark.parametrize("ranks, flags", [(2, []), (4, []), (4, ["--replicas", "2", "--recompute"]), (2, ["--offload"])])
+def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(played, tmp_path, ranks, flags):
     run = fresh(played, tmp_path)
-    done = torchrun(2, "train.py", *MICRO, "--run", run, "--iter", "0")
+    done = torchrun(ranks, "train.py", *MICRO, "--run", run, "--iter", "0", *flags)
     assert done.returncode == 0, done.stderr
-    one, two = metrics(played / "iter0"), metrics(run / "iter0")
-    assert len(one) == len(two)
-    for a, b in zip(one, two):
+    one, many = metrics(played / "iter0"), metrics(run / "iter0")
+    assert len(one) == len(many)
+    for a, b in zip(one, many):
         for key in ("loss", "grad_norm", "length_real", "length_generated", "lr"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
-    # the updates agree as vectors; single weights may not, where RMSProp divides noise by noise
+    a, b = (load_file(folder / "iter0" / "model" / "model.safetensors") for folder in (run, played))
+    apart = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
+    # single weights move by noise where RMSProp divides noise by noise, by no more than a step; as vectors they agree
+    assert apart.quantile(0.999) < 1e-5 and apart.max() < 3e-4
     assert distance(run / "iter0", played / "iter0") < 0.02 * distance(played / "iter0", THETA0.parent, "theta0")
 
 
@@ -157,14 +162,16 @@ def distance(a, b, name="model"):
 
 
 def test_every_pair_is_seen_once_an_epoch_on_any_number_of_ranks_and_every_rank_makes_as_many_passes():
-    pairs = [{"real": (list(range(i % 7)), 0), "generated": ([0], 0)} for i in range(29)]
-    for size in (1, 2, 3, 8):
-        recipe = recipes.Recipe(batch_size=10, micro_batch=2)
+    pairs = [{"real": (list(range(1 + i * i % 17)), 0), "generated": ([0] * (1 + i % 5), 0)} for i in range(29)]
+    size = lambda rows: sum(len(row["real"][0]) + len(row["generated"][0]) for row in rows)  # noqa: E731
+    for ranks in (1, 2, 3, 8):
+        recipe = recipes.Recipe(batch_size=10, micro_tokens=30)
         for batch in train.batches(29, recipe, 0, 0):
-            shares = [list(train.micro_batches(batch, pairs, recipe, parallel.World(rank, size, None))) for rank in range(size)]
+            shares = [list(train.micro_batches(batch, pairs, recipe, parallel.World(rank, ranks, None))) for rank in range(ranks)]
             seen = [id(row) for share in shares for rows, weight in share for row, w in zip(rows, weight) if w]
             assert sorted(seen) == sorted(id(pairs[i]) for i in batch)
             assert len({len(share) for share in shares}) == 1
+            assert all(size(rows) <= 30 or len(rows) == 1 for share in shares for rows, _ in share)
 
 
 class Killed(Exception):
@@ -205,6 +212,91 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
     strip = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]  # noqa: E731
     assert strip(metrics(run / "iter1")) == strip(metrics(played / "iter1"))
     assert not (run / "iter1" / "checkpoint").exists()
+
+
+def test_a_run_begun_on_two_ranks_goes_on_with_one_on_the_same_batches(played, tmp_path):
+    """Killed after the checkpoint of step 4: the losses are those of the undisturbed run on one rank."""
+    run = fresh(played, tmp_path)
+    script = tmp_path / "dying.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
+import os, parallel, train
+save = parallel.save_checkpoint
+def dying(folder, step, *args):
+    save(folder, step, *args)
+    if step == 4: os._exit(9)
+parallel.save_checkpoint = dying
+train.main()""")
+    assert torchrun(2, script, *MICRO, "--run", run, "--iter", "0").returncode != 0
+    assert (run / "iter0" / "checkpoint" / "4").is_dir() and len(metrics(run / "iter0")) == 4
+    stage("train", run, "--iter", 0)
+    one, both = metrics(played / "iter0"), metrics(run / "iter0")
+    assert [r["loss"] for r in both] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+    assert distance(run / "iter0", played / "iter0") < 0.02 * distance(played / "iter0", THETA0.parent, "theta0")
+
+
+def test_the_opponents_scores_are_used_again_for_the_same_model_and_pairs_only(played, tmp_path, monkeypatch):
+    run, calls, real = fresh(played, tmp_path / "run"), [], train.score_opponent
+    monkeypatch.setattr(train, "score_opponent", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    def again(*flags):
+        shutil.rmtree(run / "iter0" / "model", ignore_errors=True)
+        (run / "recipe.json").unlink(missing_ok=True)
+        calls.clear()
+        stage("train", run, "--iter", 0, *flags)
+        return len(calls)
+    assert again() == 1 and again() == 0  # the second time the file is read, to the same end
+    assert weights(run / "iter0") == weights(played / "iter0")
+    shutil.copytree(played / "iter0" / "model", tmp_path / "other")
+    assert again("--model", tmp_path / "other") == 1 and again("--model", tmp_path / "other") == 0
+    rows = list(read_jsonl(run / "iter0" / "generated.jsonl"))
+    write_jsonl(run / "iter0" / "generated.jsonl", rows[:-1])
+    (run / "prompts.json").unlink()
+    assert again("--model", tmp_path / "other") == 1
+    (run / "iter0" / "opponent.json").unlink()  # scores nobody vouches for
+    assert again("--model", tmp_path / "other") == 1
+
+
+def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(tmp_path, monkeypatch):
+    """Also where the file's names are not the module's (a base model's), and then the whole model is read first."""
+    recipe, start = recipes.parse(MICRO)[0], load_file(THETA0 / "model.safetensors")
+    whole, real = [], parallel.load_model
+    monkeypatch.setattr(parallel, "load_model", lambda *args: whole.append(1) or real(*args))
+    untied = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.bfloat16, tie_word_embeddings=False)
+    torch.nn.init.normal_(untied.lm_head.weight)
+    untied.save_pretrained(tmp_path / "untied")
+    AutoModelForCausalLM.from_pretrained(THETA0).model.save_pretrained(tmp_path / "base")
+    config = json.loads((THETA0 / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    for folder, names, fallback in ((THETA0, start, 0), (tmp_path / "untied", untied.state_dict(), 0), (tmp_path / "base", start, 1)):
+        whole.clear()
+        with parallel.join() as world:
+            model = parallel.load_sharded(str(folder), recipe, world)
+            loaded = {n: w.full_tensor() for n, w in model.named_parameters()}
+            fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            ids = torch.arange(1, 20)[None]
+            assert torch.equal(model(ids).logits, fresh(ids).logits)  # the rotary frequencies, which no file holds, too
+            model.reshard()
+        assert len(whole) == fallback
+        assert set(loaded) == set(names) and all(torch.equal(loaded[n], names[n].float()) for n in names)
+        assert {w.dtype for w in loaded.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("damage, word", [("missing", "missing keys"), ("more", "unexpected keys"), ("shape", "cannot load|mismatched")])
+def test_weights_that_do_not_fit_the_config_are_refused(played, tmp_path, refused, damage, word):
+    import re
+    from safetensors.torch import save_file
+    folder, run = tmp_path / "bad", fresh(played, tmp_path / "run")
+    shutil.copytree(THETA0, folder)
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "missing":
+        del state[name]
+    elif damage == "more":
+        state["model.layers.1.mlp.side_proj.weight"] = state[name].clone()
+    else:
+        state[name] = state[name][:-1].clone()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert re.search(word, refused(lambda: stage("train", run, "--iter", 0, "--model", folder)))
+    assert not (run / "iter0" / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, capsys):
