@@ -100,7 +100,8 @@ def play_held_out(policy, opponent, pairs, tokenizer, recipe, t, world) -> list[
     rows = []
     for k, chunk in enumerate(chunks):
         real = logps(model, [pair["real"] for pair in chunk], recipe)
-        greedy = sample(model, [pair["prompt_ids"] for pair in chunk], tokenizer.eos_token_id, recipe.max_new_tokens)
+        greedy = sample(model, [pair["prompt_ids"] for pair in chunk], tokenizer.eos_token_id, recipe.max_new_tokens,
+                        slots=recipe.slots)
         own = draw(model, tokenizer, chunk, recipe, t + 1)
         if opponent:
             generated, opponent_real, opponent_generated = played[k]
@@ -119,7 +120,8 @@ def play_held_out(policy, opponent, pairs, tokenizer, recipe, t, world) -> list[
 def draw(model, tokenizer, chunk, recipe, t):
     """The model's own answers to held-out prompts at temperature 1: y' ~ p_θ."""
     u = np.stack([uniforms(recipe.seed, t, pair["id"], 1, number=recipe.max_new_tokens) for pair in chunk])
-    return sample(model, [p["prompt_ids"] for p in chunk], tokenizer.eos_token_id, recipe.max_new_tokens, u)
+    return sample(model, [p["prompt_ids"] for p in chunk], tokenizer.eos_token_id, recipe.max_new_tokens, u,
+                  slots=recipe.slots)
 
 
 def logps(model, sequences, recipe):

@@ -5,11 +5,13 @@
 
 Reads the SFT set and θ_t (--model for t = 0, else RUN/iter{t-1}/model); writes RUN/iter{t}/generated.jsonl.
 Temperature 1 and no truncation unless told otherwise: the objective's expectation is over p_θt itself.
-Prompts are sorted by length and cut into fixed chunks, whatever the number of ranks; a rank takes whole chunks and
-writes whole chunks (generated.part/), and a rerun samples only what is missing. On the CPU with the same number of
-threads the file has the same bytes for any number of ranks and restarts; sample.py says what may differ elsewhere.
+Prompts are sorted by length and cut into fixed chunks, whatever the number of ranks; a free rank takes the next chunk
+from a common queue and writes it whole (generated.part/); a rerun samples only what is missing. On the CPU, with the
+same number of threads and slots and --engine generate, the file has the same bytes for any number of ranks and restarts;
+sample.py says what may differ elsewhere. --engine paged promises the distribution, not the very rows.
 """
 
+import json
 import shutil
 import time
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 import parallel
 from data import check_prompts, counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
 from recipe import check_run, fail, iter_dir, parse, save_run, theta, write_whole
-from sample import sample, uniforms
+from sample import ENGINES, uniforms
 
 
 def main(argv=None):
@@ -37,7 +39,7 @@ def main(argv=None):
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))  # longest first: a memory failure comes at once
     chunks = [pairs[i:i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [out.with_name("generated.part") / f"{k:06}.jsonl" for k in range(len(chunks))]
-    missing = [k for k in range(len(chunks)) if not is_whole(parts[k], chunks[k])]
+    missing = {k for k in range(len(chunks)) if not is_whole(parts[k], chunks[k])}
 
     with parallel.join() as world:
         model = parallel.load_frozen(opponent, recipe, world)
@@ -47,17 +49,18 @@ def main(argv=None):
             save_run(recipe, args.run)
             write_whole(args.run / "prompts.json", prompts)
         parts[0].parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(missing[world.rank::world.size], desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
+        bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         begun, tokens = time.perf_counter(), 0
-        for k in bar:
-            rows = answer(model, tokenizer, chunks[k], recipe, t)
-            write_jsonl(parts[k], rows)
-            tokens += sum(len(row["generated_ids"]) for row in rows)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s a rank")
+        for k in parallel.queue(len(chunks)):
+            if k in missing:
+                rows = answer(model, tokenizer, chunks[k], recipe, t)
+                write_jsonl(parts[k], rows)
+                tokens += sum(len(row["generated_ids"]) for row in rows)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s a rank", refresh=False)
+            bar.update(k + 1 - bar.n)  # those before k are taken too, by any rank
         parallel.barrier()
         if world.rank == 0:
-            rows = [row for part in parts for row in read_jsonl(part)]
-            write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
+            merge(parts, out)
             shutil.rmtree(parts[0].parent)
             print(f"{out}: {len(pairs)} answers")
 
@@ -65,11 +68,28 @@ def main(argv=None):
 def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
     """The rows of generated.jsonl for one chunk of prompts."""
     u = np.stack([uniforms(recipe.seed, t, pair["id"], number=recipe.max_new_tokens) for pair in chunk])
-    answers = sample(model, [pair["prompt_ids"] for pair in chunk], tokenizer.eos_token_id, recipe.max_new_tokens,
-                     u, recipe.temperature, recipe.top_p)
+    engine = ENGINES["generate" if recipe.engine == "auto" else recipe.engine]
+    answers = engine(model, [pair["prompt_ids"] for pair in chunk], tokenizer.eos_token_id, recipe.max_new_tokens,
+                     u, recipe.temperature, recipe.top_p, recipe.slots)
     return [{"id": pair["id"], "iter": t, **{k: pair[k] for k in ("system", "prompt", "real") if k in pair},
              "generated": decode(tokenizer, recipe.template, ids), "generated_ids": ids, "finish": finish}
             for pair, (ids, finish) in zip(chunk, answers)]
+
+
+def merge(parts, out):
+    """generated.jsonl from its parts, sorted by id; it holds the places of the rows in memory, not the rows."""
+    heap, places = parts[0].with_name("all"), []
+    with open(heap, "wb") as file:
+        for part in parts:
+            file.write(part.read_bytes())
+    with open(heap, "rb") as file:
+        while line := file.readline():
+            places.append((json.loads(line)["id"], file.tell() - len(line)))
+
+        def row(at):
+            file.seek(at)
+            return file.readline().decode()
+        write_whole(out, (row(at) for _, at in sorted(places)))
 
 
 def is_whole(part, chunk) -> bool:

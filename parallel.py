@@ -64,6 +64,13 @@ def barrier():
     all_sum(torch.zeros(1))
 
 
+def queue(number: int):
+    """0, 1, … number − 1, each to one rank, whichever asks first: an atomic counter in the process group's store."""
+    store = dist.distributed_c10d._get_default_store()
+    while (taken := store.add("queue", 1)) <= number:
+        yield taken - 1
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products: --dtype, where auto is bf16 on CUDA and fp32 elsewhere."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(

@@ -54,7 +54,9 @@ class Recipe:
     temperature: float = knob(1.0, "sampling temperature of y'; 0 is greedy", NOT_NEGATIVE)
     top_p: float = knob(1.0, "nucleus of y'; 1 leaves the distribution untruncated", SHARE)
     max_new_tokens: int = knob(256, "longest y' in tokens; 256 in the authors' code", POSITIVE)
-    chunk: int = knob(64, "prompts sampled together; 64 in Appendix B.1, there over all GPUs", POSITIVE)
+    engine: str = knob("auto", "sampler: generate (ours, the same rows anywhere), paged (transformers' generate_batch); "
+                       "auto: generate", None, ("auto", "generate", "paged"))
+    chunk: int = knob(512, "prompts that a rank takes, answers and writes at a time", POSITIVE)
 
     # stage 2: Appendix B.1; two epochs of Section 6.1; the first of mix's columns is iteration 0
     objective: str = knob("spin", "what to minimise: SPIN (4.7), or SFT (3.1) into RUN/sft", None, ("spin", "sft"), False)
@@ -70,6 +72,7 @@ class Recipe:
     max_length: int = knob(2048, "longest prompt and response together, in tokens", POSITIVE)
 
     # the machine's knobs: they change speed and memory, and no more of the result than rounding
+    slots: int = knob(64, "answers in progress at once on a rank; 64 in Appendix B.1, there over all GPUs", POSITIVE, None, False)
     micro_tokens: int = knob(8192, "tokens per rank in one forward and backward pass; a longer pair goes alone", POSITIVE,
                              None, False)
     dtype: str = knob("auto", "compute dtype; auto: bf16 on CUDA, else fp32", None, ("auto", "bf16", "fp32"), False)
@@ -88,7 +91,7 @@ RECIPES = {
     "small": dict(model="HuggingFaceTB/SmolLM2-360M-Instruct", revision="", template="chat", num_prompts=5_000,
                   max_length=1024, lr=(1e-6, 1e-6, 2e-7, 2e-7), micro_tokens=2048),
     "demo": dict(model="demo/theta0", revision="", data="demo/train.jsonl", eval_data="demo/heldout.jsonl",
-                 num_prompts=2048, eval_prompts=512, max_new_tokens=24, max_length=64, chunk=256, sft_baseline=True,
+                 num_prompts=2048, eval_prompts=512, max_new_tokens=24, max_length=64, chunk=256, slots=256, sft_baseline=True,
                  lam=(5.0,), lr=(3e-5, 3e-5, 6e-6, 6e-6), recompute=False, checkpoint_every=16),
 }
 
@@ -101,11 +104,11 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def write_whole(path: Path, text: str):
-    """Write a file whole or not at all: a .part file, renamed when it is on disk."""
+def write_whole(path: Path, text):
+    """Write a file whole or not at all: a .part file, renamed when it is on disk. text: a string, or some one by one."""
     part = Path(f"{path}.part")
     with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
