@@ -5,6 +5,7 @@ Every collective of the project is in this file, and a world of one process take
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -44,6 +45,8 @@ def join():
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        _keep_freed_memory()
     store = None if "RANK" in os.environ else dist.HashStore()  # plain python: nobody to meet
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                             timeout=timedelta(hours=2))  # ranks may finish sampling that far apart
@@ -51,6 +54,13 @@ def join():
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _keep_freed_memory():
+    """Ask glibc to keep large freed blocks: returned to the kernel, they come back as zeroed pages, a sixth of a step on a CPU."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def all_sum(x: torch.Tensor) -> torch.Tensor:

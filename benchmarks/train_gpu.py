@@ -41,6 +41,7 @@ SHAPES = {
                                 vocab_size=16384, tie_word_embeddings=True),
     "30m": lambda: LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
                                vocab_size=49152, tie_word_embeddings=True),
+    "tiny": lambda: LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512),
 }
 KNOBS = {  # a row of the table -> what differs from --recompute --micro-tokens 8192
     "as by default": {}, "no recompute, 4096 tokens": dict(recompute=False, micro_tokens=4096),
@@ -118,7 +119,7 @@ def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="7b")
+    parser.add_argument("--shape", choices=list(SHAPES), default="7b", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps for each row (default: %(default)s), after one to warm up")
     parser.add_argument("--pairs", type=int, default=16, help="pairs in a step and rank (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=list(KNOBS), default=list(KNOBS))

@@ -60,7 +60,7 @@ def ours(model_dir, pairs, recipe, out) -> tuple[list[float], float]:
         seconds = time.perf_counter() - begun
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     blocks = sum(p.numel() for p in model.model.layers.parameters())
-    rate = flops(model.config, blocks, pairs) / (time.perf_counter() - scored)
+    rate = flops(model.config, blocks, pairs) / (begun + seconds - scored)
     print(f"train.py reaches {rate / matmul_rate(world.device, torch.float32, 2048):.0%} of a large matrix product", file=sys.stderr)
     return [row["loss"] for row in rows], seconds
 
