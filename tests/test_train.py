@@ -149,10 +149,8 @@ def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(playe
         for key in ("loss", "grad_norm", "length_real", "length_generated", "lr"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
     a, b = (load_file(folder / "iter0" / "model" / "model.safetensors") for folder in (run, played))
-    apart = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
-    # single weights move by noise where RMSProp divides noise by noise, by no more than a step; as vectors they agree
-    assert apart.quantile(0.999) < 1e-5 and apart.max() < 3e-4
-    assert distance(run / "iter0", played / "iter0") < 0.02 * distance(played / "iter0", THETA0.parent, "theta0")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+    assert distance(run / "iter0", played / "iter0") < 1e-3 * distance(played / "iter0", THETA0.parent, "theta0")
 
 
 def distance(a, b, name="model"):
