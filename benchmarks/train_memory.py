@@ -72,7 +72,7 @@ def main():
         with parallel.join() as world:
             before = resident()
             parallel.load_sharded(sys.argv[2], Recipe(), world)
-            return print(f"MiB {resident() - before:.0f}", flush=True)
+            return sys.stdout.write(f"MiB {resident() - before:.0f}\n")  # whole, beside the other ranks' lines
     if sys.argv[1:] == ["formula"]:
         return print_formula()
     asked = sys.argv[1:] or ["pairs", "prompts", "sizes", "ranks"]
