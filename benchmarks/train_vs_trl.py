@@ -65,11 +65,14 @@ def ours(model_dir, pairs, recipe, out) -> tuple[list[float], float]:
     return [row["loss"] for row in rows], seconds
 
 
-def trl(model_dir, pairs, recipe, out, beforehand: bool, size: int) -> tuple[list[float], float]:
-    """(losses, seconds) of one epoch of TRL's DPOTrainer over the same batches."""
+def trl(model_dir, pairs, recipe, out, beforehand: bool, size: int, texts=None) -> tuple[list[float], float]:
+    """(losses, seconds) of one epoch of TRL's DPOTrainer over the same batches.
+
+    texts: the pairs as prompt, chosen and rejected, which TRL then tokenises itself with the model's own tokenizer.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     class OnIds(DPOTrainer):
@@ -82,6 +85,8 @@ def trl(model_dir, pairs, recipe, out, beforehand: bool, size: int) -> tuple[lis
     split = lambda half: (half[0][half[1] == 0].tolist(), half[0][half[1] == 1].tolist())  # noqa: E731
     rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (*split(pairs[i]["real"]), split(pairs[i]["generated"])[1])))
             for i in order]
+    if texts:
+        OnIds, tokenizer, rows = DPOTrainer, AutoTokenizer.from_pretrained(model_dir), [texts[i] for i in order]  # noqa: N806
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     reference = None if beforehand else AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=recipe.lr[0], alpha=recipe.alpha)

@@ -1,9 +1,11 @@
 """evaluate.py and report.py: the figures against oracles, and the page."""
 
+import html
 import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import recipe as recipes
 import report
-from data import encode, read_rows, select
+from data import encode, read_jsonl, read_rows, select
 from loss import sequence_logps
 from packing import pack
 from sample import sample, uniforms
@@ -96,14 +98,104 @@ def test_the_report_shows_every_iteration_and_loads_nothing_from_elsewhere(playe
     summary = json.loads((played / "summary.json").read_text())
     assert [f["n"] for f in summary["spin"]] == [12, 12, 12] and summary["sft"] == []
     page = (played / "report.html").read_text()
-    assert page.count("<svg") == 2 and page.count("<circle") == 6
+    assert page.count("<svg") == 2 + 6 and page.count("<circle") == 6  # two charts of figures, six of training curves
+    assert all(f"<b>{title}</b>" in page for title in ("Loss", "Margin", "Log-ratios", "Lengths", "Gradient norm", "Speed"))
+    shown = [[row["answer"] for row in read_jsonl(folder / "answers.jsonl")] for folder in (played, played / "iter0", played / "iter1")]
+    assert [len(rows) for rows in shown] == [6, 6, 6] and shown[0] != shown[2]
+    assert page.count('class="answers"') == 6 and page.count("θ<sub>2</sub></b>") == 6
+    assert all(html.escape(answer) in page for rows in shown for answer in rows)
     assert f"{summary['spin'][2]['expected_exact_match']:.3f}" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "<script" not in page
 
 
 def test_the_report_escapes_what_came_from_outside(played):
-    summary = {"recipe": {"template": "<script>{prompt}"}, "spin": [json.loads((played / "eval.json").read_text())] * 2, "sft": []}
-    assert "<script" not in report.page(summary, "<script>") and "&lt;script&gt;" in report.page(summary, "<script>")
+    evil = "<script>alert(1)</script>"
+    summary = {"recipe": {"template": f"{evil}{{prompt}}"}, "spin": [json.loads((played / "eval.json").read_text())] * 2, "sft": [],
+               "benchmarks": {evil: {"arc_challenge": {"shots": 25, "n": 2, "figures": {"acc_norm,none": [0.5, 0.1]}}}}}
+    row = {"prompt": evil, "real": evil, "answer": evil, "finish": "eos"}
+    page = report.page(summary, evil, [], [(row, [row, row])], [evil])
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 8
+
+
+def healthy(played):
+    """A run with nothing to warn of: θ_0, θ_1 and θ_2's figures, and twenty steps an iteration."""
+    figures = json.loads((played / "iter0" / "eval.json").read_text())
+    spin = [{**figures, "mean_length": 5.0, "eos_rate": 1.0} for _ in range(3)]
+    step = {"loss": 0.5, "logratio_real": 1.0, "length_real": 5.0}
+    return {"recipe": {"ell": "logistic"}, "spin": spin, "sft": []}, [[dict(step) for _ in range(20)] for _ in range(2)]
+
+
+@pytest.mark.parametrize("harm, word", [
+    (lambda summary, steps: [s.update(loss=0.69) for s in steps[1]], "Iteration 1: the loss ended at 0.690"),
+    (lambda summary, steps: [s.update(loss=1.01) for s in steps[0]] + [summary["recipe"].update(ell="hinge")], "Iteration 0: the loss"),
+    (lambda summary, steps: [s.update(logratio_real=-3.0) for s in steps[0]], "less likely, by 3.00 nats"),
+    (lambda summary, steps: summary["spin"][2].update(mean_length=8.0), "θ_2: its answers have 8.0 tokens"),
+    (lambda summary, steps: summary["spin"][1].update(mean_length=2.0), "θ_1: its answers have 2.0 tokens"),
+    (lambda summary, steps: summary["spin"][0].update(eos_rate=0.6), "θ_0: 40% of its answers were cut off"),
+])
+def test_the_report_warns_in_words_of_what_is_known_to_go_wrong(harm, word, played):
+    assert report.warnings(*healthy(played)) == []  # control
+    summary, steps = healthy(played)
+    harm(summary, steps)
+    found = [line for line in report.warnings(summary, steps) if word in line]
+    assert found and found[0] in html.unescape(report.page(summary, "x", steps, [], report.warnings(summary, steps)))
+
+
+def test_the_report_puts_benchmarks_beside_the_papers(played, tmp_path):
+    run = shutil.copytree(played, tmp_path / "run")
+    found = {"arc_challenge": {"shots": 25, "n": 12, "figures": {"acc_norm,none": [0.4321, 0.0123]}}}
+    (run / "iter1" / "benchmarks.json").write_text(json.dumps({"model": "m", "limit": None, "tasks": found}))
+    report.main([*MICRO, "--run", str(run)])
+    page = (run / "report.html").read_text()
+    assert "43.21&nbsp;<small>± 1.23" in page and "θ_2 SPIN" in page and "63.16" in page and "weighted by subject" in page
+    assert json.loads((run / "summary.json").read_text())["benchmarks"] == {"θ_2 SPIN": found}
+
+
+# ---- two models on the same prompts ------------------------------------------------------------------------------
+
+def test_two_models_are_compared_prompt_by_prompt(played, tmp_path, capsys):
+    theta_1 = str(played / "iter0" / "model")
+    for name, models in (("two", (str(THETA0), theta_1)), ("same", (theta_1, theta_1))):
+        evaluate.main([*MICRO, "--compare", *models, "--out", str(tmp_path / f"{name}.json")])
+    two, same = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "same"))
+    start, end = (json.loads((folder / "eval.json").read_text()) for folder in (played, played / "iter0"))
+    for key in evaluate.COMPARED:
+        assert two[key]["A"] == pytest.approx(start[key], rel=1e-6) and two[key]["B"] == pytest.approx(end[key], rel=1e-6)
+        low, high = two[key]["interval"]
+        assert low <= two[key]["B-A"] <= high and two[key]["B-A"] == pytest.approx(end[key] - start[key])
+        assert same[key]["interval"] == [0, 0]
+    assert two["n"] == 12 and two["expected_exact_match"]["interval"][0] > 0  # every prompt gained a little
+    assert "95% interval" in capsys.readouterr().out
+
+
+def test_the_paired_interval_is_the_textbooks_and_the_pairing_is_what_makes_it_narrow():
+    """400 prompts of very different difficulty; B is a little better on each."""
+    rng, n = np.random.default_rng(0), 400
+    a, b = np.zeros((2, n, len(evaluate.COLUMNS)))
+    hard, tokens = rng.random(n), rng.integers(3, 30, n)
+    for table, gain in ((a, 0.0), (b, 0.05)):
+        table[:, 0] = hard + gain + 0.02 * rng.standard_normal(n)
+        table[:, 1] = rng.random(n) < hard
+        table[:, 2], table[:, 3] = tokens * (1 + hard - gain), tokens
+    draws = evaluate.paired_bootstrap(a, b, seed=0)
+    assert draws.shape == (10_000, 3) and (draws == evaluate.paired_bootstrap(a, b, seed=0)).all()
+    assert (draws != evaluate.paired_bootstrap(a, b, seed=1)).any()
+    for k, column in ((0, 0), (2, 1)):  # means: the standard error of the mean of the differences
+        spread = (b - a)[:, column].std(ddof=1) / math.sqrt(n)
+        assert draws[:, k].std() == pytest.approx(spread, rel=0.05)
+        assert np.quantile(draws[:, k], (0.025, 0.975)) == pytest.approx((b - a)[:, column].mean() + spread * np.array([-1.96, 1.96]), abs=spread / 5)
+    assert draws[:, 1].mean() == pytest.approx(-0.05) and draws[:, 1].std() < 1e-12  # a gain of 0.05 nats on every token
+    unpaired = evaluate.paired_bootstrap(a, b[rng.permutation(n)], seed=0)
+    assert unpaired[:, 0].std() > 5 * draws[:, 0].std()  # control
+
+
+def test_models_with_different_tokenizers_are_not_compared(tmp_path, refused):
+    other = shutil.copytree(THETA0, tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    assert "tokenizers" in refused(lambda: evaluate.main([*MICRO, "--compare", str(THETA0), str(other)]))
 
 
 def test_the_whole_loop_on_one_command_and_again_does_nothing(tmp_path):
