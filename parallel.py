@@ -143,9 +143,7 @@ def load_sharded(name: str, recipe, world: World):
         return shard(load_model(name, recipe, world, torch.float32), recipe, world)
     model = shard(model, recipe, world)
     buffers = [(m, n, b.to(world.device)) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
-    torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied
     model.to_empty(device="cpu" if recipe.offload else world.device)
-    torch.__future__.set_swap_module_params_on_conversion(False)
     for module, n, buffer in buffers:
         setattr(module, n, buffer)
     dcp.load({n: w for n, w in get_model_state_dict(model).items() if n not in tied},
