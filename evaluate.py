@@ -201,7 +201,6 @@ def summarise(table: np.ndarray, game: bool) -> dict:
     return {**result, "n": n}
 
 
-
 # ---- two models --------------------------------------------------------------------------------------------------
 
 COMPARED = ("expected_exact_match", "nll_per_token", "greedy_exact_match")
