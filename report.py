@@ -18,9 +18,9 @@ from recipe import fail, iter_dir, parse, write_whole
 NAMES = {"expected_exact_match": "expected exact match", "greedy_exact_match": "greedy exact match",
          "nll_per_token": "NLL per token (nats)", "win_rate": "win rate", "margin": "margin",
          "eos_rate": "ends by EOS", "mean_length": "mean length (tokens)"}
-LABELS = {"spin": ("SPIN", "#1f5fa8", ""), "sft": ("continued SFT, same steps", "#c2571a", "6 4")}  # name, colour, dash
-# of metrics.jsonl: a picture's title, what it shows, and its lines: (key, label, colour, dash)
 BLUE, ORANGE = "#1f5fa8", "#c2571a"
+LABELS = {"spin": ("SPIN", BLUE, ""), "sft": ("continued SFT, same steps", ORANGE, "6 4")}  # name, colour, dash
+# of metrics.jsonl: a picture's title, what it shows, and its lines: (key, label, colour, dash)
 CURVES = (("Loss", "ℓ of the margin, Eq. (4.7); it starts at ℓ(0)", [("loss", "loss", BLUE, "")]),
           ("Margin", "λ·nats, the human answer's lead over the opponent's", [("margin", "margin", BLUE, "")]),
           ("Log-ratios", "nats, policy against opponent; the real one should not fall",

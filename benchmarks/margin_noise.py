@@ -10,8 +10,6 @@ neighbours and other padding. The standard deviation of the margin, over all pai
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel  # noqa: E402
 import recipe as recipes  # noqa: E402
