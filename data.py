@@ -33,7 +33,7 @@ def read_rows(source: str, split: str = "train"):
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         else:
             rows = list(read_jsonl(path))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         fail(f"cannot read {path}: {problem}")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         fail(f"{path} holds no rows: a list of objects is wanted")
@@ -59,7 +59,7 @@ def read_jsonl(path: Path):
                     row = json.loads(line.decode("utf-8-sig"))
                     if not isinstance(row, dict):
                         raise ValueError("not an object")
-                except ValueError as problem:  # of JSON, or of UTF-8
+                except (ValueError, RecursionError) as problem:  # of JSON, or of UTF-8; brackets a thousand deep
                     fail(f"{path}, line {number}: {problem}")
                 yield row
 
@@ -116,7 +116,9 @@ def to_pair(row: dict, where: str) -> dict:
             try:
                 pair = read(row)
                 for name in ("prompt", "real", "system", "generated"):
-                    pair.get(name, "").encode()  # text, and without lone surrogates
+                    if not isinstance(text := pair.get(name, ""), str):
+                        raise TypeError(f"its {name} is no text")
+                    text.encode()  # without lone surrogates
                 return pair
             except (KeyError, TypeError, ValueError, AttributeError) as problem:
                 fail(f"{where}: the row has the shape {'/'.join(names)}, but {type(problem).__name__}: {problem}")
@@ -128,15 +130,18 @@ def to_pair(row: dict, where: str) -> dict:
 
 def load_tokenizer(name: str, recipe):
     """The tokenizer of a model and the size of the model's head, checked together before any weight is read."""
-    from transformers import AutoConfig, AutoTokenizer, logging
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     revision = (recipe.revision if name == recipe.model else "") or None
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+        whole = AutoConfig.from_pretrained(name, revision=revision)
+        config = whole.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as problem:  # transformers raises many kinds here; each means there is no usable model
         fail(f"cannot load the tokenizer and config of {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
+        fail(f"{name} is no causal language model ({whole.model_type}): each token must follow from those before it")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
     if len(tokenizer) > config.vocab_size:
@@ -171,19 +176,26 @@ def encode(tokenizer, template: str, pair: dict, response: str | list[int] | Non
     The prompt's ids do not depend on the response: a template's last spaces go to the response's first token, as in
     the LM Evaluation Harness, since "Response: " + "Yes" and "Response:" + " Yes" are different tokens to most models.
     """
-    text = render(tokenizer, template, **{k: pair[k] for k in ("prompt", "system") if k in pair})
+    room = most_characters(tokenizer, max_length) if max_length else None
+    text = render(tokenizer, template, **{k: pair[k] for k in ("prompt", "system") if k in pair})[:room]
     head = text.rstrip(" ")
     literal = not parses_specials(tokenizer, template)  # then "</s>" in someone's prompt is four characters, no EOS
     ids = tokenizer(head, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id not in (None, *ids[:1]) else []
     if isinstance(response, str):
-        after = text[len(head):] + response
+        after = text[len(head):] + response[:room]
         whole = tokenizer(head + after, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
         if whole[:len(ids)] != ids or not literal and holds_special(tokenizer, response):  # e.g. merged at the boundary
             whole = ids + tokenizer(after, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        response = whole[len(ids):] + [tokenizer.eos_token_id] * eos
+        response = whole[len(ids):] + [tokenizer.eos_token_id] * (eos and response == response[:room])
     mask = [0] * len(bos + ids) + [1] * len(response or [])
     return (bos + ids + (response or []))[:max_length], mask[:max_length]
+
+
+@functools.lru_cache(maxsize=8)
+def most_characters(tokenizer, length: int) -> int:
+    """More characters than `length` tokens hold: what lies behind need not be tokenised, which for 50 MB takes a minute."""
+    return 10_000 + length * max(map(len, tokenizer.get_vocab()))
 
 
 @functools.lru_cache(maxsize=8)
@@ -198,9 +210,13 @@ def holds_special(tokenizer, text: str) -> bool:
     return any(token in text for token in special_tokens(tokenizer))
 
 
+@functools.lru_cache(maxsize=8)
 def parses_specials(tokenizer, template: str) -> bool:
-    """Whether the template itself is written with special tokens, so that they must be parsed out of its text."""
-    return template == "chat" or holds_special(tokenizer, template)
+    """Whether special tokens are parsed out of text: the template is written with them, or the tokenizer cannot but do it."""
+    names = [token for token in special_tokens(tokenizer) if token != tokenizer.unk_token]
+    text = "".join(f"{name}\n{name} {name}a{name}" for name in names)  # their text may be in the vocabulary of words too
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return template == "chat" or holds_special(tokenizer, template) or not set(tokenizer.convert_tokens_to_ids(names)).isdisjoint(ids)
 
 
 def decode(tokenizer, template: str, ids: list[int]) -> str:
@@ -222,7 +238,7 @@ def select(rows, source: str, tokenizer, template: str, number: int, seed: int, 
     for index in np.random.default_rng((seed, 0, 0, 3)).permutation(len(rows)).tolist():  # 3: a stream of its own
         if len(pairs) == number:
             break
-        pair = {"id": index, **to_pair(rows[index], f"{source}, row {index + 1}")}
+        pair = {**to_pair(rows[index], f"{source}, row {index + 1}"), "id": index}
         counts["read"] += 1
         key = (pair.get("system", ""), pair["prompt"])
         texts = [*key, pair["real"]]
@@ -234,7 +250,7 @@ def select(rows, source: str, tokenizer, template: str, number: int, seed: int, 
             counts["text of a special token"] += 1
         else:
             seen.add(key)
-            ids, mask = encode(tokenizer, template, pair, pair["real"])
+            ids, mask = encode(tokenizer, template, pair, pair["real"], max_length + 1)  # one more shows whether it fits
             pair["prompt_ids"] = ids[:len(ids) - sum(mask)]
             if len(pair["prompt_ids"]) > max_length - max_new_tokens:
                 counts["prompt too long"] += 1
@@ -250,16 +266,16 @@ def counts_line(counts: dict) -> str:
     return ", ".join(f"{name}: {number}" for name, number in counts.items() if number)
 
 
-def check_prompts(path: Path, pairs) -> str:
-    """The text of RUN/prompts.json: the number and a hash of the run's prompts and human answers. Refuses pairs of others."""
+def check_prompts(path: Path, pairs, source) -> str:
+    """The text of RUN/prompts.json: the number and a hash of the prompts and human answers in source. Refuses pairs of others."""
     number, total = 0, 0
     for number, pair in enumerate(pairs, 1):  # hashes are added up, so that the order does not matter
         text = json.dumps([pair["id"], pair.get("system"), pair["prompt"], pair["real"]])
         total = (total + int.from_bytes(hashlib.sha256(text.encode()).digest())) % 2**256
     mine = json.dumps({"prompts": number, "sha256": f"{total:064x}"}) + "\n"
     if path.exists() and path.read_bytes() != mine.encode():
-        fail(f"{number} pairs that are not those of {path}: the SFT set or generated.jsonl has changed since the run "
-             "began; restore it, or choose another --run")
+        fail(f"{number} pairs in {source} that are not those of {path}: it has changed since the run began; restore it, "
+             "or choose another --run")
     return mine
 
 

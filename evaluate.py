@@ -31,11 +31,10 @@ import parallel
 from data import counts_line, decode, encode, load_tokenizer, read_rows, select, write_jsonl
 from loss import sequence_logps, spin_margin
 from packing import pack, packed, share
-from recipe import at, check_model, check_run, fail, iter_dir, parse, save_run, theta, write_whole
+from recipe import SHOWN, at, check_model, check_run, fail, iter_dir, parse, save_run, theta, write_whole
 from sample import sample, uniforms
 
 COLUMNS = ("exact_probability", "greedy", "nll", "tokens", "win", "margin", "eos", "length")  # a row of figures a prompt
-SHOWN = 6  # held-out prompts whose answers go into answers.jsonl, for the report
 FLAGS = (("--iter", dict(type=int, help="evaluate what iteration t made")),
          ("--theta0", dict(action="store_true", help="evaluate theta_0")),
          ("--opponent", dict(help="with --model: the model that plays y'")),

@@ -11,8 +11,10 @@ same number of threads and slots and --engine generate, the file has the same by
 sample.py says what may differ elsewhere. --engine paged promises the distribution, not the very rows.
 """
 
+import collections
 import json
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 import parallel
 from data import check_prompts, counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
-from recipe import check_run, fail, iter_dir, parse, save_run, theta, write_whole
+from recipe import check_lines, check_run, fail, iter_dir, parse, save_run, theta, write_whole
 from sample import ENGINES, uniforms
 
 
@@ -29,13 +31,14 @@ def main(argv=None):
     t, out = args.iter, iter_dir(args.run, args.iter) / "generated.jsonl"
     check_run(recipe, args.run)
     if out.exists():
+        check_prompts(args.run / "prompts.json", read_jsonl(out), out)
         shutil.rmtree(out.with_name("generated.part"), ignore_errors=True)  # a kill may have come between
         return print(f"{out} is there already: nothing to do")
     opponent = theta(recipe, args.run, t)
     tokenizer, _ = load_tokenizer(opponent, recipe)
     pairs, counts = select(read_rows(recipe.data, recipe.split), recipe.data, tokenizer, recipe.template,
                            recipe.num_prompts, recipe.seed, recipe.max_length, recipe.max_new_tokens)
-    prompts = check_prompts(args.run / "prompts.json", pairs)
+    prompts = check_prompts(args.run / "prompts.json", pairs, recipe.data)
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))  # longest first: a memory failure comes at once
     chunks = [pairs[i:i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [out.with_name("generated.part") / f"{k:06}.jsonl" for k in range(len(chunks))]
@@ -58,11 +61,14 @@ def main(argv=None):
                 tokens += sum(len(row["generated_ids"]) for row in rows)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s a rank", refresh=False)
             bar.update(k + 1 - bar.n)  # those before k are taken too, by any rank
+        bar.close()
         parallel.barrier()
         if world.rank == 0:
-            merge(parts, out)
+            warning = collapse(merge(parts, out))
             shutil.rmtree(parts[0].parent)
             print(f"{out}: {len(pairs)} answers")
+            if warning:
+                print(f"warning: {warning}", file=sys.stderr)
 
 
 def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
@@ -76,26 +82,44 @@ def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
             for pair, (ids, finish) in zip(chunk, answers)]
 
 
-def merge(parts, out):
-    """generated.jsonl from its parts, sorted by id; it holds the places of the rows in memory, not the rows."""
-    heap, places = parts[0].with_name("all"), []
+def collapse(ends) -> str | None:
+    """In words, what is wrong with an opponent whose answers all ended alike: "length", or "empty". None where it is well."""
+    if ends.keys() == {"length"}:
+        return ("every answer was cut off at --max-new-tokens: the model never writes its EOS token; has it learnt to, and in "
+                "this --template? SPIN cannot teach it to stop")
+    if ends.keys() == {"empty"}:
+        return "every answer is empty: the model ends at once; is this its --template, and was theta_t trained too far?"
+
+
+def merge(parts, out) -> collections.Counter:
+    """generated.jsonl from its parts, sorted by id; it holds the places of the rows in memory, not the rows.
+
+    Returns how often an answer was "empty", or else ended by "eos" or "length".
+    """
+    heap, places, ends = parts[0].with_name("all"), [], collections.Counter()
     with open(heap, "wb") as file:
         for part in parts:
             file.write(part.read_bytes())
     with open(heap, "rb") as file:
         while line := file.readline():
-            places.append((json.loads(line)["id"], file.tell() - len(line)))
+            row = json.loads(line)
+            places.append((row["id"], file.tell() - len(line)))
+            ends[row.get("finish") if row["generated"].strip() else "empty"] += 1
 
-        def row(at):
-            file.seek(at)
+        def line_at(place):
+            file.seek(place)
             return file.readline().decode()
-        write_whole(out, (row(at) for _, at in sorted(places)))
+        write_whole(out, (line_at(place) for _, place in sorted(places)))
+    return ends
 
 
 def is_whole(part, chunk) -> bool:
     """Whether a chunk was sampled before; ends with one line if the file is of other prompts."""
-    if part.exists() and [row.get("id") for row in read_jsonl(part)] != [pair["id"] for pair in chunk]:
-        fail(f"{part} does not hold the prompts of its chunk: delete {part.parent} and run this again")
+    again = f"delete {part.parent} and run this again"
+    if part.exists():
+        check_lines(part, len(chunk), again)
+        if [row.get("id") for row in read_jsonl(part)] != [pair["id"] for pair in chunk]:
+            fail(f"{part} does not hold the prompts of its chunk: {again}")
     return part.exists()
 
 

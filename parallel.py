@@ -6,10 +6,12 @@ Every collective of the project is in this file, and a world of one process take
 
 import contextlib
 import ctypes
-import hashlib
 import json
+import math
 import os
 import shutil
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,14 +20,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, apply_activation_checkpointing
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from recipe import fail
+from recipe import check_json, fail, write_whole
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ def join():
                             timeout=timedelta(hours=2))  # ranks may finish sampling that far apart
     try:
         yield World(rank, size, device)
+    except (OSError, SafetensorError, CheckpointException) as problem:  # a full disk, mostly
+        print(file=sys.stderr)  # a progress bar may have left its line open
+        fail(f"cannot read or write: {_cause(problem)}; make room, and run the same command again: what is finished was kept")
     finally:
         dist.destroy_process_group()
 
@@ -63,10 +70,33 @@ def _keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def _cause(problem):
+    """The first rank's exception, where torch has gathered those of all ranks, tracebacks and all."""
+    return next(iter(problem.failures.values()))[0] if isinstance(problem, CheckpointException) else problem
+
+
+@contextlib.contextmanager
+def preemption():
+    """A list that is empty until SIGTERM comes: the machine will soon be taken away. Without this, SIGTERM ends the process."""
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def all_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all ranks, on all ranks; in place."""
     dist.all_reduce(x)
     return x
+
+
+def on_all(flags: list[bool], world: World) -> torch.Tensor:
+    """This rank's flags beside those of the others: (len(flags), ranks) of bool, the same on all ranks."""
+    table = torch.zeros(len(flags), world.size)
+    table[:, world.rank] = torch.tensor(flags)
+    return all_sum(table).bool()
 
 
 def barrier():
@@ -105,18 +135,22 @@ def load_model(name: str, recipe, world: World, dtype: torch.dtype):
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, attn_implementation=attention(recipe, world), output_loading_info=True,
-            use_safetensors=True)  # a .bin is a pickle, and could run code
+            use_safetensors=True, ignore_mismatched_sizes=True)  # a .bin is a pickle, and could run code; mismatches: below
     except Exception as problem:  # safetensors, json, OS and hub errors: each means there is no usable model
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # which transformers would only warn of
         if report[kind]:
-            fail(f"the weights in {name} are not those of its config.json: {kind.replace('_', ' ')} {sorted(report[kind])[:3]}")
+            fail(f"the weights in {name} are not those of its config.json: {kind.replace('_', ' ')} {sorted(report[kind])[:3]}; "
+                 "copy or download it again")
     return model.eval()
 
 
 def load_frozen(name: str, recipe, world: World):
     """A model to sample from or to score with, whole on this rank's device, in the compute dtype."""
-    return load_model(name, recipe, world, compute_dtype(recipe.dtype, world.device)).to(world.device)
+    model = load_model(name, recipe, world, compute_dtype(recipe.dtype, world.device)).to(world.device)
+    if broken(model.parameters()):
+        fail(f"the weights in {name} hold NaN or infinity: it can be neither sampled from nor evaluated, choose another model")
+    return model
 
 
 def load_sharded(name: str, recipe, world: World):
@@ -172,19 +206,6 @@ def _parameters_on_meta():
         torch.nn.Module.register_parameter = register
 
 
-def identity(name: str, recipe) -> str:
-    """A short mark of a model's weights, by which a checkpoint knows where it started: hub name, or a hash of the files' ends.
-
-    Two trainings of one model differ in the last megabyte; hashing 29 GB on every rank would cost minutes.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest() if Path(name).is_dir() else f"{name}@{recipe.revision}"
-
-
 def shard(model, recipe, world: World):
     """FSDP2: fp32 master weights split over the ranks, gathered block by block in the compute dtype; fp32 gradients."""
     is_block = lambda m: type(m).__name__ in (model._no_split_modules or ())  # noqa: E731
@@ -208,6 +229,13 @@ def shard(model, recipe, world: World):
 def clip_gradients(model, largest: float) -> torch.Tensor:
     """Scale the gradients so that their norm over all ranks is at most `largest`; returns the norm before. ()"""
     return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
+
+
+def broken(tensors) -> bool:
+    """Whether NaN or infinity is in what this rank holds of some tensors (None: of no tensor)."""
+    mine = [x.to_local() if isinstance(x, DTensor) else x for x in tensors if x is not None]
+    mine = [x for x in mine if x.numel()]  # of a weight with fewer rows than there are ranks, some hold nothing
+    return not torch.nn.utils.get_total_norm(mine, math.inf).isfinite().item()
 
 
 # ---- checkpoint, resume, export --------------------------------------------------------------------------------
@@ -237,16 +265,22 @@ def load_checkpoint(folder: Path, note: dict, model, optimizer) -> int:
     if not steps:
         return 0
     newest = folder / str(max(steps))
-    if json.loads((newest / "note.json").read_text()) != note:
-        fail(f"{newest} belongs to other pairs or another starting model: delete {folder} to start this iteration anew")
+    if check_json(newest / "note.json", again := f"delete {folder} to start this iteration anew") != note:
+        fail(f"{newest} belongs to other pairs or another starting model: {again}")
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+    try:
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+    except (OSError, ValueError, CheckpointException) as problem:
+        fail(f"{newest} is damaged ({type(_cause(problem)).__name__}: {str(_cause(problem))[:200]}): {again}")
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return max(steps)
 
 
 def export(model, tokenizer, folder: Path, world: World):
-    """θ_{t+1} as a transformers folder, in fp32: bf16 would round away what an iteration changed. Appears whole."""
+    """θ_{t+1} as a transformers folder, in fp32: bf16 would round away what an iteration changed. Appears whole.
+
+    files.json beside it holds the sizes of all that the training leaves, by which check_files tells a damaged file later.
+    """
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     tied = _tied(model)
     weights = {name: w for name, w in weights.items() if name not in tied}  # gathered, they no longer share storage
@@ -255,5 +289,9 @@ def export(model, tokenizer, folder: Path, world: World):
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
+        logs = [path for name in ("metrics.jsonl", "opponent.jsonl") if (path := folder.with_name(name)).exists()]
+        sizes = {f"{folder.name}/{path.name}": path.stat().st_size for path in sorted(part.iterdir())}
+        sizes |= {path.name: path.stat().st_size for path in logs}
+        write_whole(folder.with_name("files.json"), json.dumps(sizes, indent=1) + "\n")
         part.rename(folder)
     barrier()

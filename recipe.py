@@ -2,15 +2,19 @@
 
 The default values are the paper's (Section 6.1 and Appendix B.1 of arXiv 2401.01335v3); RECIPES lists what `small`
 and `demo` do otherwise. Flags are generated from the dataclass. A run directory keeps its recipe in recipe.json and
-refuses any other. This file also answers run_iterations.sh:
+refuses any other; here stands, too, how a stage tells that a finished file was cut off, lost or swapped.
+This file also answers run_iterations.sh:
     python recipe.py --recipe demo         checks the flags; prints run directory, iterations, baseline
 """
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +31,8 @@ def knob(default, help, check=None, choices=None, tied=True):
 # what a value must satisfy, in the words of the error message
 POSITIVE, FRACTION = "must be positive", "must be between 0 and 1"
 NOT_NEGATIVE, SHARE, BELOW_1 = "must be zero or positive", "must be above 0 and at most 1", "must be at least 0 and below 1"
-HOLDS = {POSITIVE: lambda v: v > 0, NOT_NEGATIVE: lambda v: v >= 0,
+WARM = "must be 0 (greedy) or at least 0.001"  # divided by less, logits would overflow
+HOLDS = {POSITIVE: lambda v: v > 0, NOT_NEGATIVE: lambda v: v >= 0, WARM: lambda v: v == 0 or v >= 1e-3,
          FRACTION: lambda v: 0 <= v <= 1, SHARE: lambda v: 0 < v <= 1,
          BELOW_1: lambda v: 0 <= v < 1}
 
@@ -51,7 +56,7 @@ class Recipe:
     sft_baseline: bool = knob(False, "also run continued SFT for the same steps (the paper's Table 5)", tied=False)
 
     # stage 1: y' ~ p_θt, the plain distribution of Algorithm 1
-    temperature: float = knob(1.0, "sampling temperature of y'; 0 is greedy", NOT_NEGATIVE)
+    temperature: float = knob(1.0, "sampling temperature of y'; 0 is greedy", WARM)
     top_p: float = knob(1.0, "nucleus of y'; 1 leaves the distribution untruncated", SHARE)
     max_new_tokens: int = knob(256, "longest y' in tokens; 256 in the authors' code", POSITIVE)
     engine: str = knob("auto", "sampler: generate (ours, the same rows anywhere), paged (transformers' generate_batch); "
@@ -99,8 +104,10 @@ RECIPES = {
 def fail(message: str):
     """End the stage as a user's mistake: one line on stderr, exit code 2. Under torchrun rank 0 alone speaks."""
     if int(os.environ.get("RANK", 0)) != 0:
-        time.sleep(10)  # torchrun ends all ranks when one has left, and rank 0 should get its line out first
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends all ranks when one has left;
+        time.sleep(10)  # and rank 0 should get its line out first
+    line = " ".join(str(message).split())
+    print("error: " + (line if len(line) < 1000 else line[:1000] + " …"), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -167,6 +174,10 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
 def _check_values(recipe: Recipe):
     for f in dataclasses.fields(recipe):
         value, rule = getattr(recipe, f.name), f.metadata["check"]
+        if isinstance(value, str) and value.encode(errors="replace") != value.encode(errors="surrogatepass"):
+            fail(f"{flag(f.name)} is not valid UTF-8, got {value!r}")
+        if value == "" and f.name != "revision":
+            fail(f"{flag(f.name)} must not be empty")
         for v in value if isinstance(value, tuple) else (value,):
             if rule and not (math.isfinite(v) and HOLDS[rule](v)):
                 fail(f"{flag(f.name)} {rule}, got {v}")
@@ -189,50 +200,128 @@ def iter_dir(run: Path, iteration: int, objective: str = "spin") -> Path:
 def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
     """Where θ_t lies: the SFT model for t = 0, else what iteration t − 1 left. Ends with one line if it is not there."""
     if t == 0:
-        return check_model(recipe.model)
+        name = check_model(recipe.model)
+        mark = identity(name, recipe.revision)
+        if check_json(run / "recipe.json", RESTORE).get("theta_0", mark) != mark:
+            fail(f"the weights in {name} are not those that {run} began with: restore them, or choose another --run")
+        return name
     folder = iter_dir(run, t - 1, objective) / "model"
     if not folder.is_dir():
         fail(f"theta_{t} is missing: {folder} is made by train.py --iter {t - 1}"
              f"{' --objective sft' if objective == 'sft' else ''}, which has not finished")
-    return str(folder)
+    return check_model(str(folder))
 
 
 def check_model(name: str) -> str:
-    """The model's folder or hub id; ends with one line if a folder is meant and it holds no transformers model."""
+    """The model's folder or hub id; ends with one line if a folder is meant and it holds no whole transformers model."""
     name = locate(name)
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
     if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         fail(f"no model at {name}: --model wants a transformers folder or a hub id such as {Recipe.model}")
+    check_weights(Path(name), "copy or download it again")
     return name
 
 
+# ---- files of a run: whole, and of this recipe -------------------------------------------------------------------
+
+RESTORE = "restore it, or choose another --run"
+SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
+
+
+def identity(name: str, revision: str) -> str:
+    """A short mark of a model's weights, by which a run knows where it began: hub name, or a hash of the files' ends.
+
+    Two trainings of one model differ in the last megabyte; hashing 29 GB on every rank would cost minutes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest() if Path(name).is_dir() else f"{name}@{revision}"
+
+
+def check_weights(folder: Path, mend: str):
+    """Refuse safetensors whose length is not what their header says: a copy, or a download, that was cut off."""
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(length if length < size else 0))
+                end = max([0, *(w["data_offsets"][1] for name, w in header.items() if name != "__metadata__")])
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+                fail(f"{path} is damaged, its header cannot be read: {mend}")
+        if size != 8 + length + end:
+            fail(f"{path} is damaged, it has {size} bytes where its header says {8 + length + end}: {mend}")
+
+
+def check_json(path: Path, mend: str = "delete it and run evaluate.py again") -> dict:
+    """The object in a JSON file of the run, {} where there is no file; refuses one that was cut off."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        return found
+    except ValueError as problem:
+        fail(f"{path} is damaged ({problem}): {mend}")
+
+
+def check_lines(path: Path, wanted: int | None, mend: str):
+    """Refuse a JSONL file of the run whose last line has no end, or that has other than `wanted` lines (None: any number)."""
+    number, last = 0, b""
+    with open(path, "rb") if path.exists() else contextlib.nullcontext(()) as file:
+        for number, last in enumerate(file, 1):
+            pass
+    if not last.endswith(b"\n") or wanted not in (None, number):
+        fail(f"{path} is missing, or damaged: it has {number} lines{f' of {wanted}' * bool(wanted)}, or half of the last: {mend}")
+
+
+def check_files(run: Path):
+    """Refuse a run with a finished file that was cut off or lost since. Every stage looks, before it uses or writes anything."""
+    prompts = check_json(run / "prompts.json", "restore it, or, if the SFT set is what it was, delete it").get("prompts")
+    for folder in [run, *run.glob("iter[0-9]*"), *run.glob("sft/iter[0-9]*")]:
+        again = f"restore it, or delete all but generated.jsonl in {folder} and run train.py again"
+        number = check_json(folder / "opponent.json", again).get("number")
+        left = check_json(folder / "files.json", again) if (folder / "model").is_dir() else {}
+        for name, size in left.items():
+            if not (folder / name).exists() or (folder / name).stat().st_size != size:
+                fail(f"{folder / name} is missing, or damaged: it had {size} bytes; {again}")
+        if (folder / "generated.jsonl").exists():
+            check_lines(folder / "generated.jsonl", prompts, "restore it, or delete it and run generate.py again")
+        if (folder / "opponent.jsonl").exists():
+            check_lines(folder / "opponent.jsonl", number, again)
+        if evaluated := check_json(folder / "eval.json"):
+            check_lines(folder / "answers.jsonl", min(SHOWN, evaluated.get("n", SHOWN)), f"delete {folder / 'eval.json'} and run evaluate.py again")
+
+
 def check_run(recipe: Recipe, run: Path):
-    """Refuse a run directory made with another recipe; write nothing."""
+    """Refuse a run directory made with another recipe, or damaged; write nothing."""
     path = run / "recipe.json"
     if run.exists() and not run.is_dir():
         fail(f"--run {run} is a file; a directory is wanted")
+    check_files(run)
     if not path.exists():
         return
-    try:
-        saved, mine = json.loads(path.read_text()), json.loads(json.dumps(vars(recipe)))
-        if missing := set(saved) ^ set(mine):
-            fail(f"{path} was written by another version (knobs {', '.join(sorted(missing))}); choose another --run")
-    except (ValueError, TypeError) as problem:
-        fail(f"{path} cannot be read ({problem}); restore it, or choose another --run")
+    saved, mine = check_json(path, RESTORE), json.loads(json.dumps(vars(recipe)))
+    saved.pop("theta_0", None)
+    if missing := set(saved) ^ set(mine):
+        fail(f"{path} was written by another version (knobs {', '.join(sorted(missing))}); choose another --run")
     tied = [f.name for f in dataclasses.fields(recipe) if f.metadata["tied"]]
     if other := [f"{k}: {saved[k]!r} there, {mine[k]!r} asked" for k in tied if saved[k] != mine[k]]:
         fail(f"{run} holds a run of another recipe ({'; '.join(other)}); give the same flags, or another --run")
 
 
 def save_run(recipe: Recipe, run: Path):
-    """Print and write recipe.json, once: every knob as resolved by the run's first stage."""
+    """Print and write recipe.json, once: every knob as resolved by the run's first stage, and a mark of θ_0's weights."""
     path = run / "recipe.json"
     if not path.exists():
         for f in dataclasses.fields(recipe):
             print(f"{f.name:18}{words(getattr(recipe, f.name))}")
         run.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(vars(recipe), indent=1) + "\n")
+        mark = identity(locate(recipe.model), recipe.revision)
+        write_whole(path, json.dumps({**vars(recipe), "theta_0": mark}, indent=1) + "\n")
 
 
 def main(argv=None):

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 import harness
-from recipe import fail, iter_dir, parse, write_whole
+from recipe import RESTORE, check_files, check_json, fail, iter_dir, parse, write_whole
 
 NAMES = {"expected_exact_match": "expected exact match", "greedy_exact_match": "greedy exact match",
          "nll_per_token": "NLL per token (nats)", "win_rate": "win rate", "margin": "margin",
@@ -38,12 +38,13 @@ figure{margin:0;break-inside:avoid}.warn{border-left:4px solid #b00020;backgroun
 .answers div,.ask{border:1px solid #ddd;padding:.4rem .6rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem}
 .answers b{display:block;font-size:.8rem}.human{background:#f0f6ee}.knobs td{white-space:normal;overflow-wrap:anywhere;text-align:left}
 @media(max-width:40rem){svg{font-size:17px}th:first-child,td:first-child{position:sticky;left:0;background:#fff;white-space:normal;min-width:7rem}}
-@media print{body{max-width:none;margin:0;font-size:11pt}.wide{overflow:visible}th,td{white-space:normal}}"""
+@media print{body{max-width:none;margin:0;font-size:11pt}.wide{overflow:visible}th,td{white-space:normal}h2,h2+p,.ask{break-after:avoid}.answers{break-inside:avoid}}"""
 
 
 def main(argv=None):
     _, args = parse(argv, __doc__.split("\n")[0])
-    summary = {"recipe": read(args.run / "recipe.json"), **collect(args.run)}
+    check_files(args.run)
+    summary = {"recipe": check_json(args.run / "recipe.json", RESTORE), **collect(args.run)}
     summary["benchmarks"] = {name: found["tasks"] for name, found in benchmarks(args.run, summary).items()}
     if not summary["spin"]:
         fail(f"{args.run} holds no eval.json: run evaluate.py first")
@@ -56,22 +57,12 @@ def main(argv=None):
     print("\n".join(text_table(summary)))
 
 
-def read(path: Path):
-    try:
-        found = json.loads(path.read_text()) if path.exists() else None
-        if not isinstance(found, dict | None):
-            raise ValueError("not an object")
-        return found
-    except ValueError as problem:
-        fail(f"{path} cannot be read ({problem}): delete it and run its stage again")
-
-
 def collect(run: Path) -> dict:
     """{"spin": figures of θ_0, θ_1, …, "sft": the same for the baseline, from the same θ_0}, up to the first that is missing."""
     found = {}
     for objective in LABELS:
-        figures, t = [read(run / "eval.json")], 0
-        while figures[-1] and (figure := read(iter_dir(run, t, objective) / "eval.json")):
+        figures, t = [check_json(run / "eval.json")], 0
+        while figures[-1] and (figure := check_json(iter_dir(run, t, objective) / "eval.json")):
             figures.append(figure)
             t += 1
         found[objective] = figures if t or (objective == "spin" and figures[0]) else []
@@ -84,16 +75,19 @@ def benchmarks(run: Path, summary: dict) -> dict:
     for objective, (label, *_) in LABELS.items():
         for t in range(len(summary[objective])):
             folder = iter_dir(run, t - 1, objective) if t else run
-            if (t or objective == "spin") and (figures := read(folder / "benchmarks.json")):
+            if (t or objective == "spin") and (figures := check_json(folder / "benchmarks.json")):
                 found[f"θ_{t} {label if t else 'SFT model'}"] = figures
     return found
 
 
 def lines_of(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except FileNotFoundError:
+        return []
     except ValueError as problem:
-        fail(f"{path} cannot be read ({problem}): delete its iteration and run it again")
+        fail(f"{path} is damaged ({problem}): delete it and the eval.json beside it, and run evaluate.py again")
 
 
 def metrics(run: Path, iterations: int) -> list[list[dict]]:
@@ -110,7 +104,7 @@ def answers(run: Path, summary: dict) -> list[tuple[dict, list]]:
 
 def warnings(summary: dict, steps: list[list[dict]]) -> list[str]:
     """What is known to go wrong and is seen here, in words: by the last tenth of an iteration's steps, and by eval.json."""
-    found, start = [], LOSS_AT_0[(summary["recipe"] or {}).get("ell", "logistic")]
+    found, start = [], LOSS_AT_0[summary["recipe"].get("ell", "logistic")]
     for t, rows in enumerate(steps):
         if rows:
             late = rows[-max(1, len(rows) // 10):]
@@ -252,7 +246,7 @@ def cell(value, error) -> str:
 def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
     start, end = summary["spin"][0], summary["spin"][-1]
     key = "expected_exact_match"
-    knobs = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in (summary["recipe"] or {}).items())
+    knobs = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in summary["recipe"].items())
     notes = "".join(f"<li>{html.escape(p)}</li>" for p in problems)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>SPIN: {html.escape(name)}</title><link rel="icon" href="data:,"><style>{STYLE}</style>

@@ -47,8 +47,12 @@ stage() {  # stage RESULT SCRIPT FLAGS…: skipped where its result is there
   local result=$1 script=$2; shift 2
   [[ -e $run/$result ]] && return
   did=1
-  "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" "$@"
+  "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" "$@" & child=$!
+  wait "$child"
 }
+# bash would die alone: the stage is told, and may checkpoint before it leaves
+child=
+trap '[[ -z $child ]] || { kill -TERM "$child" 2>/dev/null || true; wait "$child" || true; }; exit 143' INT TERM
 
 stage eval.json evaluate.py --theta0 "$@"
 for ((t = 0; t < iterations; t++)); do

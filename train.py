@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -25,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from data import (check_ids, check_prompts, counts_line, encode, load_tokenizer, read_generated, read_jsonl, read_rows,
-                  to_pair, write_jsonl)
+from data import (check_ids, check_prompts, counts_line, encode, holds_special, load_tokenizer, parses_specials, read_generated,
+                  read_jsonl, read_rows, to_pair, write_jsonl)
 from loss import sequence_logps, sft_loss, spin_loss, spin_margin
 from packing import pack, packed, share
-from recipe import at, check_run, fail, iter_dir, parse, save_run, theta, write_whole
+from recipe import at, check_json, check_run, fail, identity, iter_dir, parse, save_run, theta, write_whole
 
 
 def main(argv=None):
@@ -43,7 +44,7 @@ def main(argv=None):
     start = theta(recipe, args.run, t, recipe.objective)
     tokenizer, vocabulary = load_tokenizer(start, recipe)
     pairs = load_pairs(recipe, args, tokenizer, vocabulary)
-    note = {"start": parallel.identity(start, recipe), "pairs": fingerprint(pairs)}
+    note = {"start": identity(start, recipe.revision), "pairs": fingerprint(pairs), "number": len(pairs)}
 
     with parallel.join() as world:
         model = parallel.load_sharded(start, recipe, world)
@@ -57,26 +58,31 @@ def main(argv=None):
         done = parallel.load_checkpoint(out / "checkpoint", note, model, optimizer)
         with packed(model, recipe.attention):
             opponent = frozen_scores(model, pairs, recipe, t, world, out, note, done) if recipe.objective == "spin" else None
-            train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done)
-        parallel.export(model, tokenizer, out / "model", world)
+            with parallel.preemption() as asked:
+                train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done, asked)
+                parallel.export(model, tokenizer, out / "model", world)
         if world.rank == 0:
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
             print(f"{out / 'model'}: theta_{t + 1}")
 
 
-def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done):
-    """Two epochs of minibatch steps from step `done` on; one line of metrics.jsonl each. θ_t in, θ_{t+1} out, in place."""
+def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done, asked=()):
+    """Two epochs of minibatch steps from step `done` on; one line of metrics.jsonl each. θ_t in, θ_{t+1} out, in place.
+
+    asked: holds something once SIGTERM has come to this rank; then all ranks checkpoint after the step and leave with 143.
+    """
     steps = [batch for epoch in range(recipe.epochs) for batch in batches(len(pairs), recipe, t, epoch)]
     lam, peak = at(recipe.lam, t), at(recipe.lr, t)
-    bar = tqdm(steps[done:], desc=f"{recipe.objective} {t}", unit="step", initial=done, total=len(steps),
-               disable=world.rank > 0)
     if world.rank == 0:
         keep_metrics(out / "metrics.jsonl", done)
+    bar = tqdm(steps[done:], desc=f"{recipe.objective} {t}", unit="step", initial=done, total=len(steps),
+               disable=world.rank > 0)
+    recent, warned = collections.deque(maxlen=5), False
     for step, batch in enumerate(bar, done):
         begun, lr = time.perf_counter(), learning_rate(step, len(steps), peak, recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = 0.0
+        sums, losses = 0.0, []
         for rows, weight in micro_batches(batch, pairs, recipe, world):
             logps = score(model, rows, recipe.objective, world.device)
             if recipe.objective == "sft":
@@ -86,15 +92,16 @@ def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done):
             # FSDP averages gradients over the ranks, and ranks may hold different numbers of pairs: weigh by pairs
             ((values["loss"] * weight.to(world.device)).sum() * world.size / len(batch)).backward()
             sums += measure(values, rows, weight)
+            losses.append((rows, values["loss"].detach()))
+        wrong = [not sums.isfinite().all(), parallel.broken(p.grad for p in model.parameters())]
         norm = parallel.clip_gradients(model, recipe.clip).item()
-        means = dict(zip([*values, *LENGTHS], (parallel.all_sum(sums) / len(batch)).tolist()))
-        if not math.isfinite(means["loss"] + norm):
-            bar.close()
-            fail(f"step {step} of iteration {t}: loss {means['loss']}, gradient norm {norm}; the weights were not touched, "
-                 f"the last checkpoint is in {out / 'checkpoint'}; look at the pairs of this step, or start another --run "
-                 "with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
+        *wrong, leave = parallel.on_all([*wrong, parallel.broken(model.parameters()), bool(asked)], world)
+        if torch.stack(wrong).any():
+            bar.close()
+            fail(f"step {step} of iteration {t}: {not_finite(wrong, losses, batch, pairs, out / 'checkpoint')}")
+        means = dict(zip([*values, *LENGTHS], (parallel.all_sum(sums) / len(batch)).tolist()))
         if "margin" in means:
             means["margin_std"] = math.sqrt(max(0.0, means["margin_std"] - means["margin"] ** 2))  # was the mean square
         speed = means.pop("tokens") * len(batch) / (time.perf_counter() - begun)
@@ -104,8 +111,17 @@ def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in ("loss", "win_rate", "tokens_per_s") if row[k] is not None))
-        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < len(steps):
+        recent.append(row)
+        if world.rank == 0 and not warned and (warning := collapse(recent)):
+            tqdm.write(f"warning: step {step} of iteration {t}: {warning}", file=sys.stderr)
+            warned = True
+        if leave.any() or (step + 1) % recipe.checkpoint_every == 0 and step + 1 < len(steps):
             parallel.save_checkpoint(out / "checkpoint", step + 1, note, model, optimizer, world)
+        if leave.any():
+            bar.close()
+            if world.rank == 0:
+                print(f"SIGTERM: stopped after step {step} of {len(steps)}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(143)  # as if the signal had ended the process
 
 
 def play(logps, opponent, lam, ell) -> dict:
@@ -132,11 +148,14 @@ def frozen_scores(model, pairs, recipe, t, world, out, note, done):
     New ones need the policy to be θ_t still; ends with one line if a checkpoint was loaded and its scores are gone.
     """
     path, key = out / "opponent.jsonl", out / "opponent.json"
-    if key.exists() and json.loads(key.read_text()) == note:
+    if path.exists() and check_json(key, f"delete {path}, {key} and {out / 'checkpoint'} to start anew") == note:
         return load_opponent(path, pairs)
     if done:
         fail(f"the opponent's scores of {out / 'checkpoint'} are missing from {out}: delete the checkpoint to start anew")
     scores = score_opponent(model, pairs, recipe, t, world)
+    if bad := [(pair["iter"], pair["id"]) for pair, good in zip(pairs, scores.isfinite().all(1)) if not good]:
+        fail(f"the opponent's log-probabilities of {len(bad)} pairs are NaN or infinite, (iter, id): {bad[:5]}; nothing was saved; "
+             "look at these pairs, or try --dtype fp32")
     if world.rank == 0:
         key.unlink(missing_ok=True)
         write_jsonl(path, ({"id": pair["id"], "iter": pair["iter"], "logp_real": real, "logp_generated": generated}
@@ -200,8 +219,9 @@ def own_pairs(recipe, args, tokenizer, vocabulary):
     """The rows of generated.jsonl of the latest iterations, all of one SFT set, one by one."""
     t = args.iter
     for s in range(max(0, t + 1 - at(recipe.mix, t)), t + 1):
-        rows = lambda: read_generated(iter_dir(args.run, s) / "generated.jsonl", s, vocabulary, tokenizer.eos_token_id)  # noqa: E731, B023
-        check_prompts(args.run / "prompts.json", rows())
+        path = iter_dir(args.run, s) / "generated.jsonl"
+        rows = lambda: read_generated(path, s, vocabulary, tokenizer.eos_token_id)  # noqa: E731, B023
+        check_prompts(args.run / "prompts.json", rows(), path)
         yield from rows()
 
 
@@ -223,7 +243,10 @@ def foreign_pairs(recipe, args, tokenizer, vocabulary):
                 counts["empty prompt or response"] += 1
             elif key in seen:
                 counts["duplicate pair"] += 1
-            elif len(encode(tokenizer, recipe.template, pair)[0]) >= recipe.max_length:
+            elif parses_specials(tokenizer, recipe.template) and any(
+                    holds_special(tokenizer, pair.get(k, "")) for k in ("system", "prompt", "real", "generated")):
+                counts["text of a special token"] += 1
+            elif len(encode(tokenizer, recipe.template, pair, max_length=recipe.max_length)[0]) >= recipe.max_length:
                 counts["prompt too long"] += 1
             else:
                 seen.add(key)
@@ -288,8 +311,43 @@ def measure(values: dict, rows, weight) -> torch.Tensor:
 
 def keep_metrics(path: Path, done: int):
     """Keep the lines of the steps that the checkpoint holds; a kill may have left later ones, or half a line."""
-    lines = path.read_text().splitlines()[:done] if path.exists() and done else []
-    write_whole(path, "".join(line + "\n" for line in lines))
+    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() and done else []
+    if len(lines) < done or not "".join(lines[-1:]).endswith("\n" * bool(done)):
+        fail(f"{path} is damaged, it has less than the {done} steps of {path.with_name('checkpoint')}: restore it, or delete "
+             "the checkpoint to start this iteration anew")
+    write_whole(path, lines)
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------------------------
+
+def not_finite(wrong, losses, batch, pairs, checkpoint) -> str:
+    """In words, on every rank: where NaN or infinity is, of which pairs, and what is kept, for nothing of this step was.
+
+    wrong: a flag a rank for each of the loss, the gradient, the weights; the first that has any is named, with its ranks.
+    The pairs are those whose own loss is not finite, else some of the step's.
+    """
+    what, ranks = next((what, ranks) for what, ranks in zip(("the loss", "the gradient", "a weight"), wrong) if ranks.any())
+    guilty = torch.zeros(len(pairs))
+    for rows, loss in losses:
+        guilty[[row["index"] for row in rows]] = (~loss.isfinite()).float().cpu()
+    guilty = parallel.all_sum(guilty).tolist()
+    names = [(pairs[i]["iter"], pairs[i]["id"]) for i in batch if guilty[i] or not any(guilty)]
+    kept = f"the last good checkpoint is in {checkpoint}" if checkpoint.exists() else "there was no checkpoint yet"
+    return (f"{what} is NaN or infinite, on rank {', '.join(map(str, ranks.nonzero().flatten().tolist()))}; {len(names)} pairs (iter, id): "
+            f"{', '.join(map(str, names[:5]))}{', …' if len(names) > 5 else ''}; nothing of this step was saved, {kept}; look at "
+            "these pairs, or start another --run with a lower --lr")
+
+
+def collapse(recent) -> str | None:
+    """In words, what is wrong when the policy wins by making everything less likely; None while it does not.
+
+    recent: the latest lines of metrics.jsonl. The rule: five steps that win every pair, while the log-ratio of the human
+    answers is negative and fell by more than a nat.
+    """
+    fall = (recent[0]["logratio_real"] or 0) - (recent[-1]["logratio_real"] or 0)
+    if len(recent) == 5 and all(row["win_rate"] == 1 for row in recent) and fall > max(1, recent[0]["logratio_real"]):
+        return (f"every pair is won, and the human answers lost {fall:.1f} nats in 5 steps: the policy makes all answers less "
+                "likely; a lower --lr, fewer --epochs or a larger --lam would hold it back")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from data import decode, encode, holds_special, read_jsonl, read_rows, render, select, to_pair, write_jsonl
+from data import decode, encode, holds_special, read_rows, render, select, to_pair, write_jsonl
 
 USER, BOT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 WANTED = {"prompt": "Hi?", "real": "Hello."}
@@ -54,24 +54,6 @@ def test_a_system_message_stays_with_the_prompt_and_only_the_first_round_counts(
 def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
     line = refused(lambda: to_pair({"text": "a", "label": 1}, "set.jsonl, row 1"))
     assert "text, label" in line and "instruction/output" in line and "set.jsonl, row 1" in line
-
-
-def test_a_malformed_line_is_refused_by_file_and_line_number(tmp_path, refused):
-    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
-    assert "x.jsonl, line 2" in refused(lambda: list(read_jsonl(tmp_path / "x.jsonl")))
-
-
-@pytest.mark.parametrize("text, word", [(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xe9"}\n', "line 2"), (b"[{}, 3]", "no rows")])
-def test_latin_1_and_rows_that_are_no_objects_are_refused(text, word, tmp_path, refused):
-    path = tmp_path / ("x.jsonl" if b"\n" in text else "x.json")
-    path.write_bytes(text)
-    assert word in refused(lambda: list(read_rows(str(path))))
-
-
-@pytest.mark.parametrize("row", [{"prompt": "a \ud800", "response": "b"}, {"messages": [BOT, USER]}, {"messages": "Hi"}, {"prompt": None, "response": "b"},
-                                 {"real": [USER, BOT], "generated": [{"role": "user", "content": "Other"}, BOT]}])
-def test_a_broken_row_is_refused(row, refused):
-    assert "row 3" in refused(lambda: to_pair(row, "f, row 3"))
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------

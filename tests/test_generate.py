@@ -1,5 +1,6 @@
 """generate.py and sample.py: y' ~ p_θt, the same bytes however the work is split."""
 
+import collections
 import json
 import shutil
 import sys
@@ -299,7 +300,7 @@ def test_the_stage_samples_with_the_temperature_and_nucleus_that_it_was_given(pl
 def test_each_chunk_goes_to_the_rank_that_asks_first(tmp_path, monkeypatch):
     """One rank of several, which gets the second chunk from the queue alone."""
     monkeypatch.setattr(parallel, "queue", lambda number: iter([1]))
-    monkeypatch.setattr(generate, "merge", lambda parts, out: [part.exists() for part in parts] == [False, True, False] or pytest.fail())
+    monkeypatch.setattr(generate, "merge", lambda parts, out: [part.exists() for part in parts] == [False, True, False] and collections.Counter(eos=1) or pytest.fail())
     stage("generate", tmp_path, "--iter", 0)
 
 

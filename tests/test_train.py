@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import MICRO, REPO, THETA0, shell, stage, torchrun
+from conftest import MICRO, REPO, THETA0, stage, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -278,25 +278,6 @@ def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(t
         assert {w.dtype for w in loaded.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("damage, word", [("missing", "missing keys"), ("more", "unexpected keys"), ("shape", "cannot load|mismatched")])
-def test_weights_that_do_not_fit_the_config_are_refused(played, tmp_path, refused, damage, word):
-    import re
-    from safetensors.torch import save_file
-    folder, run = tmp_path / "bad", fresh(played, tmp_path / "run")
-    shutil.copytree(THETA0, folder)
-    state = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    if damage == "missing":
-        del state[name]
-    elif damage == "more":
-        state["model.layers.1.mlp.side_proj.weight"] = state[name].clone()
-    else:
-        state[name] = state[name][:-1].clone()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    assert re.search(word, refused(lambda: stage("train", run, "--iter", 0, "--model", folder)))
-    assert not (run / "iter0" / "metrics.jsonl").exists()
-
-
 def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, capsys):
     run = fresh(played, tmp_path)
     def dying(*args):
@@ -419,6 +400,9 @@ def test_published_pairs_that_repeat_or_cannot_be_used_are_left_out_and_counted(
     stage("train", tmp_path / "run", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
     out = capsys.readouterr().out
     assert "read: 10, duplicate pair: 5, empty prompt or response: 2, prompt too long: 1" in out and "trains on 2 pairs" in out
+    write_jsonl(tmp_path / "pairs.jsonl", [*rows, row("Twice lar", "lar</s>lar", "lar")])
+    stage("train", tmp_path / "parsed", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl", "--template", "<s>{prompt}:")  # which </s> would end
+    assert "text of a special token: 1" in capsys.readouterr().out
 
 
 def test_eight_ranks_train_the_demo_recipe_on_the_cpu(played, tmp_path):
@@ -426,21 +410,3 @@ def test_eight_ranks_train_the_demo_recipe_on_the_cpu(played, tmp_path):
     done = torchrun(8, "train.py", *MICRO, "--run", run, "--iter", "0", "--epochs", "1", "--batch-size", "40")
     assert done.returncode == 0, done.stderr
     assert metrics(run / "iter0")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-
-
-def test_kill_9_in_training_and_the_same_command_again_end_with_the_same_bytes(played, tmp_path):
-    import os
-    import signal
-    import subprocess
-    import sys
-    import time
-    run = fresh(played, tmp_path)
-    command = [sys.executable, "train.py", *MICRO, "--run", str(run), "--iter", "0"]
-    process = subprocess.Popen(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not (run / "iter0" / "checkpoint").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "iter0" / "model").exists()
-    assert shell(*command).returncode == 0
-    assert weights(run / "iter0") == weights(played / "iter0")
