@@ -33,7 +33,7 @@ def read_rows(source: str, split: str = "train"):
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         else:
             rows = list(read_jsonl(path))
-    except (OSError, ValueError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError, OverflowError) as problem:
         fail(f"cannot read {path}: {problem}")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         fail(f"{path} holds no rows: a list of objects is wanted")
@@ -135,17 +135,17 @@ def load_tokenizer(name: str, recipe):
     logging.disable_progress_bar()
     revision = (recipe.revision if name == recipe.model else "") or None
     try:
-        whole = AutoConfig.from_pretrained(name, revision=revision)
+        whole = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)  # unset, it would ask
         config = whole.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds here; each means there is no usable model
         fail(f"cannot load the tokenizer and config of {name}: {type(problem).__name__}: {str(problem)[:300]}")
     if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
         fail(f"{name} is no causal language model ({whole.model_type}): each token must follow from those before it")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
-    if len(tokenizer) > config.vocab_size:
-        fail(f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {config.vocab_size}: not a pair")
+    if (largest := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        fail(f"the tokenizer of {name} has a token {largest}, its model only {config.vocab_size} tokens: not a pair")
     context = getattr(config, "max_position_embeddings", None)
     if context and recipe.max_length > context:
         fail(f"--max-length {recipe.max_length} is more than the {context} positions of {name}; give --max-length {context}")
@@ -231,7 +231,7 @@ def select(rows, source: str, tokenizer, template: str, number: int, seed: int, 
     """The first `number` usable rows in the order that seed gives: a smaller number gives a subset (14k in 26k in 50k).
 
     Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of what was left out,
-    by rule: an empty prompt or response; a prompt that came before; one that leaves fewer than max_new_tokens
+    by rule: an empty prompt or response; a prompt that came before; one of no tokens; one that leaves fewer than max_new_tokens
     of max_length; text that would be read as a special token. A response that is too long is cut, and counted.
     """
     pairs, seen, counts = [], set(), collections.Counter()
@@ -252,7 +252,9 @@ def select(rows, source: str, tokenizer, template: str, number: int, seed: int, 
             seen.add(key)
             ids, mask = encode(tokenizer, template, pair, pair["real"], max_length + 1)  # one more shows whether it fits
             pair["prompt_ids"] = ids[:len(ids) - sum(mask)]
-            if len(pair["prompt_ids"]) > max_length - max_new_tokens:
+            if not pair["prompt_ids"]:
+                counts["prompt of no tokens"] += 1
+            elif len(pair["prompt_ids"]) > max_length - max_new_tokens:
                 counts["prompt too long"] += 1
             else:
                 counts["response cut at max_length"] += len(ids) > max_length
@@ -270,7 +272,7 @@ def check_prompts(path: Path, pairs, source) -> str:
     """The text of RUN/prompts.json: the number and a hash of the prompts and human answers in source. Refuses pairs of others."""
     number, total = 0, 0
     for number, pair in enumerate(pairs, 1):  # hashes are added up, so that the order does not matter
-        text = json.dumps([pair["id"], pair.get("system"), pair["prompt"], pair["real"]])
+        text = json.dumps([pair.get(name) for name in ("id", "system", "prompt", "real")])
         total = (total + int.from_bytes(hashlib.sha256(text.encode()).digest())) % 2**256
     mine = json.dumps({"prompts": number, "sha256": f"{total:064x}"}) + "\n"
     if path.exists() and path.read_bytes() != mine.encode():

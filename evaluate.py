@@ -28,10 +28,10 @@ from tqdm import tqdm
 import harness
 import mt_bench
 import parallel
-from data import counts_line, decode, encode, load_tokenizer, read_rows, select, write_jsonl
+from data import check_prompts, counts_line, decode, encode, load_tokenizer, read_rows, select, write_jsonl
 from loss import sequence_logps, spin_margin
 from packing import pack, packed, share
-from recipe import SHOWN, at, check_model, check_run, fail, iter_dir, parse, save_run, theta, write_whole
+from recipe import SHOWN, at, check_model, check_run, fail, iter_dir, one_line, parse, save_run, theta, write_whole
 from sample import sample, uniforms
 
 COLUMNS = ("exact_probability", "greedy", "nll", "tokens", "win", "margin", "eos", "length")  # a row of figures a prompt
@@ -46,6 +46,7 @@ FLAGS = (("--iter", dict(type=int, help="evaluate what iteration t made")),
          ("--out", dict(type=Path, help="with --model, --compare or --mt-bench: write the result to this file")))
 
 
+@one_line
 def main(argv=None):
     recipe, args = parse(argv, __doc__.split("\n")[0], *FLAGS)
     check_flags(args)
@@ -59,6 +60,10 @@ def main(argv=None):
     if args.mt_bench:
         return mt_bench.answer(policy, recipe, args.mt_bench, out)
     pairs, tokenizer, counts = held_out(policy, recipe)
+    own = args.iter is not None or args.theta0
+    key = own and check_prompts(args.run / "heldout.json", ({**pair, "real": pair["text"]} for pair in pairs), recipe.eval_data)
+    if args.opponent and [pair["real"] for pair in pairs] != [pair["real"] for pair in held_out(opponent, recipe)[0]]:
+        fail(f"{policy} and {opponent} have different tokenizers: they cannot play")
     with parallel.join() as world:
         if world.rank == 0:
             print(f"evaluates {policy} on {len(pairs)} held-out prompts ({counts_line(counts)})")
@@ -66,8 +71,9 @@ def main(argv=None):
         if world.rank == 0:
             result = summarise(table, bool(opponent))
             print("  ".join(f"{k} {v:.4g}" for k, v in result.items() if v is not None and not k.endswith("_stderr")))
-            if args.iter is not None or args.theta0:
+            if own:
                 save_run(recipe, args.run)
+                write_whole(args.run / "heldout.json", key)
                 write_jsonl(out.with_name("answers.jsonl"), shown)
             if out:
                 write_whole(out, json.dumps(result, indent=1) + "\n")

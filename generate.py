@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 import parallel
 from data import check_prompts, counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
-from recipe import check_lines, check_run, fail, iter_dir, parse, save_run, theta, write_whole
+from recipe import check_json, check_lines, check_run, fail, identity, iter_dir, one_line, parse, save_run, theta, write_whole
 from sample import ENGINES, uniforms
 
 
+@one_line
 def main(argv=None):
     recipe, args = parse(argv, __doc__.split("\n")[0], ("--iter", dict(type=int, required=True, help="iteration t")))
     t, out = args.iter, iter_dir(args.run, args.iter) / "generated.jsonl"
@@ -43,6 +44,9 @@ def main(argv=None):
     chunks = [pairs[i:i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [out.with_name("generated.part") / f"{k:06}.jsonl" for k in range(len(chunks))]
     missing = {k for k in range(len(chunks)) if not is_whole(parts[k], chunks[k])}
+    mark, key = {"model": identity(opponent, recipe.revision)}, out.with_suffix(".json")
+    if len(missing) < len(chunks) and check_json(key) != mark:
+        fail(f"the answers in {parts[0].parent} are not known to be those of {opponent}: delete that folder and run this again")
 
     with parallel.join() as world:
         model = parallel.load_frozen(opponent, recipe, world)
@@ -51,6 +55,8 @@ def main(argv=None):
             print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(counts)})")
             save_run(recipe, args.run)
             write_whole(args.run / "prompts.json", prompts)
+            out.parent.mkdir(exist_ok=True)
+            write_whole(key, json.dumps(mark) + "\n")
         parts[0].parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         begun, tokens = time.perf_counter(), 0

@@ -100,7 +100,7 @@ def positions(policy, recipe) -> int | None:
     """How many tokens the model can see, by its config."""
     from transformers import AutoConfig
     revision = (recipe.revision if policy == recipe.model else "") or None
-    return getattr(AutoConfig.from_pretrained(policy, revision=revision).get_text_config(), "max_position_embeddings", None)
+    return getattr(AutoConfig.from_pretrained(policy, revision=revision, trust_remote_code=False).get_text_config(), "max_position_embeddings", None)
 
 
 def run(model, tokenizer, manager, tasks: list[tuple], limit: int | None, batch: int, world, all_sum) -> dict | None:

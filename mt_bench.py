@@ -32,8 +32,10 @@ def answer(policy, recipe, source, out):
     questions, (tokenizer, _) = list(read_rows(source)), load_tokenizer(policy, recipe)
     for k, q in enumerate(questions, 1):
         turns = q.get("turns")
-        if "question_id" not in q or not isinstance(turns, list) or not turns or not all(isinstance(x, str) and x for x in turns):
-            fail(f"{source}, row {k}: a question has a question_id and turns, a list of texts")
+        texts = [q.get("category", ""), *(turns if isinstance(turns, list) else [])]
+        if "question_id" not in q or len(texts) < 2 or not all(isinstance(x, str) for x in texts) or not all(texts[1:]) \
+                or "".join(texts).encode(errors="replace") != "".join(texts).encode(errors="surrogatepass"):
+            fail(f"{source}, row {k}: a question has a question_id and turns, a list of texts, and maybe a category")
     room, most = positions(policy, recipe), recipe.max_new_tokens
     needs = [sum(len(conversation(tokenizer, recipe.template, [x], [])) + most for x in q["turns"]) for q in questions]
     if room and (long := [q["question_id"] for q, n in zip(questions, needs) if n > room]):

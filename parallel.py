@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from recipe import check_json, fail, write_whole
+from recipe import cannot, check_json, fail, weight_files, write_whole
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,12 @@ def join():
                             timeout=timedelta(hours=2))  # ranks may finish sampling that far apart
     try:
         yield World(rank, size, device)
-    except (OSError, SafetensorError, CheckpointException) as problem:  # a full disk, mostly
-        print(file=sys.stderr)  # a progress bar may have left its line open
-        fail(f"cannot read or write: {_cause(problem)}; make room, and run the same command again: what is finished was kept")
+    except (OSError, SafetensorError, CheckpointException) as problem:
+        cannot(_cause(problem))
+    except RuntimeError as problem:  # gloo's, and of a type that says no more; nccl lets torchrun end the rank
+        if "onnection closed by peer" not in str(problem):
+            raise
+        raise SystemExit(f"rank {rank}: another rank has left, see its message") from None
     finally:
         dist.destroy_process_group()
 
@@ -135,7 +137,7 @@ def load_model(name: str, recipe, world: World, dtype: torch.dtype):
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, attn_implementation=attention(recipe, world), output_loading_info=True,
-            use_safetensors=True, ignore_mismatched_sizes=True)  # a .bin is a pickle, and could run code; mismatches: below
+            use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True)  # a .bin is a pickle; mismatches: below
     except Exception as problem:  # safetensors, json, OS and hub errors: each means there is no usable model
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # which transformers would only warn of
@@ -156,15 +158,15 @@ def load_frozen(name: str, recipe, world: World):
 def load_sharded(name: str, recipe, world: World):
     """A model to train, sharded, from safetensors: each rank reads its own share of each weight, and no rank holds it all.
 
-    Where the names in the files are not the modules' (transformers renames or merges weights of some families),
-    every rank reads the whole model into host memory first.
+    Where the names in the files are not the modules' (transformers renames or merges weights of some families), or files
+    or weights lie there that it would not read, every rank lets transformers read the whole model into host memory first.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     try:
         folder = name if Path(name).is_dir() else snapshot_download(
             name, revision=(recipe.revision if name == recipe.model else "") or None, allow_patterns=["*.json", "model*.safetensors"])
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=torch.float32,
                                                      attn_implementation=attention(recipe, world)).eval()
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -173,14 +175,14 @@ def load_sharded(name: str, recipe, world: World):
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     tied = _tied(model)
     shapes = {n: w.shape for n, w in model.state_dict().items() if n not in tied}
-    if shapes != {n: w.size for n, w in stored.items() if n not in tied}:
+    if shapes != {n: w.size for n, w in stored.items()} or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
         return shard(load_model(name, recipe, world, torch.float32), recipe, world)
     model = shard(model, recipe, world)
     buffers = [(m, n, b.to(world.device)) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
     model.to_empty(device="cpu" if recipe.offload else world.device)
     for module, n, buffer in buffers:
         setattr(module, n, buffer)
-    dcp.load({n: w for n, w in get_model_state_dict(model).items() if n not in tied},
+    dcp.load({n: w for n, w in get_model_state_dict(model).items() if n in shapes},
              storage_reader=HuggingFaceStorageReader(folder))
     return model
 
@@ -246,7 +248,7 @@ def save_checkpoint(folder: Path, step: int, note: dict, model, optimizer, world
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
     if world.rank == 0:
-        (part / "note.json").write_text(json.dumps(note))
+        write_whole(part / "note.json", json.dumps(note))
         shutil.rmtree(folder / str(step), ignore_errors=True)
         part.rename(folder / str(step))
         for old in folder.iterdir():
@@ -288,7 +290,13 @@ def export(model, tokenizer, folder: Path, world: World):
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part, state_dict=weights)
-        tokenizer.save_pretrained(part)
+        try:
+            tokenizer.save_pretrained(part)
+        except Exception as problem:  # Rust's OSError is none
+            raise OSError(problem) from None
+        for path in part.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # before the checkpoint goes
         logs = [path for name in ("metrics.jsonl", "opponent.jsonl") if (path := folder.with_name(name)).exists()]
         sizes = {f"{folder.name}/{path.name}": path.stat().st_size for path in sorted(part.iterdir())}
         sizes |= {path.name: path.stat().st_size for path in logs}

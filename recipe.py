@@ -10,6 +10,7 @@ This file also answers run_iterations.sh:
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -109,6 +110,24 @@ def fail(message: str):
     line = " ".join(str(message).split())
     print("error: " + (line if len(line) < 1000 else line[:1000] + " …"), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def cannot(problem: Exception):
+    """End the stage because a file cannot be read or written: a full disk, mostly."""
+    print(file=sys.stderr)  # a progress bar may have left its line open
+    fail(f"cannot read or write: {problem}; mend that (make room, where a disk is full), and run the same command again: "
+         "what is finished was kept")
+
+
+def one_line(main):
+    """For a stage's main: an OSError ends it in one line."""
+    @functools.wraps(main)
+    def careful(argv=None):
+        try:
+            return main(argv)
+        except OSError as problem:
+            cannot(problem)
+    return careful
 
 
 def write_whole(path: Path, text):
@@ -219,42 +238,52 @@ def check_model(name: str) -> str:
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
     if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         fail(f"no model at {name}: --model wants a transformers folder or a hub id such as {Recipe.model}")
-    check_weights(Path(name), "copy or download it again")
+    check_weights(Path(name))
     return name
 
 
 # ---- files of a run: whole, and of this recipe -------------------------------------------------------------------
 
-RESTORE = "restore it, or choose another --run"
+RESTORE, AGAIN = "restore it, or choose another --run", "copy or download it again"
+LOGS = ("metrics.jsonl", "opponent.jsonl")  # of a finished iteration: nothing is made from them any more, but pictures
 SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
 
 
 def identity(name: str, revision: str) -> str:
     """A short mark of a model's weights, by which a run knows where it began: hub name, or a hash of the files' ends.
 
-    Two trainings of one model differ in the last megabyte; hashing 29 GB on every rank would cost minutes.
+    Two trainings of one model differ in the last megabyte; hashing 29 GB on every rank would cost minutes. The tokenizer counts.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
+    for path in [*weight_files(Path(name)), *sorted(Path(name).glob("tokenizer*.json"))]:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 2**20))
             digest.update(file.read())
     return digest.hexdigest() if Path(name).is_dir() else f"{name}@{revision}"
 
 
-def check_weights(folder: Path, mend: str):
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights in a folder from."""
+    index = check_json(folder / "model.safetensors.index.json", AGAIN)
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted({folder / name for name in index.get("weight_map", {}).values()})
+
+
+def check_weights(folder: Path):
     """Refuse safetensors whose length is not what their header says: a copy, or a download, that was cut off."""
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
+    for path in weight_files(folder):
+        size = path.stat().st_size if path.is_file() else 0
+        if not size:
+            fail(f"{path} is missing, or empty: {AGAIN}")
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             try:
                 header = json.loads(file.read(length if length < size else 0))
                 end = max([0, *(w["data_offsets"][1] for name, w in header.items() if name != "__metadata__")])
             except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-                fail(f"{path} is damaged, its header cannot be read: {mend}")
+                fail(f"{path} is damaged, its header cannot be read: {AGAIN}")
         if size != 8 + length + end:
-            fail(f"{path} is damaged, it has {size} bytes where its header says {8 + length + end}: {mend}")
+            fail(f"{path} is damaged, it has {size} bytes where its header says {8 + length + end}: {AGAIN}")
 
 
 def check_json(path: Path, mend: str = "delete it and run evaluate.py again") -> dict:
@@ -278,38 +307,52 @@ def check_lines(path: Path, wanted: int | None, mend: str):
         fail(f"{path} is missing, or damaged: it has {number} lines{f' of {wanted}' * bool(wanted)}, or half of the last: {mend}")
 
 
+def check_size(path: Path, size: int, mend: str):
+    """Refuse a file that is not there, or not of this size."""
+    if not path.exists() or path.stat().st_size != size:
+        fail(f"{path} is missing, or damaged: it had {size} bytes; {mend}")
+
+
 def check_files(run: Path):
     """Refuse a run with a finished file that was cut off or lost since. Every stage looks, before it uses or writes anything."""
     prompts = check_json(run / "prompts.json", "restore it, or, if the SFT set is what it was, delete it").get("prompts")
+    check_json(run / "heldout.json", "restore it, or, if --eval-data is what it was, delete it")
     for folder in [run, *run.glob("iter[0-9]*"), *run.glob("sft/iter[0-9]*")]:
-        again = f"restore it, or delete all but generated.jsonl in {folder} and run train.py again"
-        number = check_json(folder / "opponent.json", again).get("number")
-        left = check_json(folder / "files.json", again) if (folder / "model").is_dir() else {}
-        for name, size in left.items():
-            if not (folder / name).exists() or (folder / name).stat().st_size != size:
-                fail(f"{folder / name} is missing, or damaged: it had {size} bytes; {again}")
+        sft = " --objective sft" * (folder.parent.name == "sft")
+        again = f"restore it, or delete all but generated.json and generated.jsonl in {folder} and run train.py{sft} again"
+        trained = (folder / "model").is_dir()
+        for name, size in check_json(folder / "files.json", again if trained else "delete it").items() if trained else ():
+            mend = "restore or delete it, it is but a log" if name in LOGS else again
+            if (folder / name).exists() or name not in LOGS:
+                check_size(folder / name, size, mend)
+        check_json(folder / "generated.json", "restore it, or delete it and generated.jsonl and run generate.py again")
         if (folder / "generated.jsonl").exists():
             check_lines(folder / "generated.jsonl", prompts, "restore it, or delete it and run generate.py again")
-        if (folder / "opponent.jsonl").exists():
-            check_lines(folder / "opponent.jsonl", number, again)
-        if evaluated := check_json(folder / "eval.json"):
-            check_lines(folder / "answers.jsonl", min(SHOWN, evaluated.get("n", SHOWN)), f"delete {folder / 'eval.json'} and run evaluate.py again")
+        if (folder / "opponent.jsonl").exists() and not trained:
+            check_lines(folder / "opponent.jsonl", check_json(folder / "opponent.json", again).get("number"), again)
+        check_json(folder / "benchmarks.json", f"delete it and run evaluate.py{sft} --tasks again")
+        if n := check_json(folder / "eval.json", f"delete it and run evaluate.py{sft} again").get("n"):
+            check_lines(folder / "answers.jsonl", min(SHOWN, int(n)), f"delete {folder / 'eval.json'} and run evaluate.py{sft} again")
+
+
+def tied(recipe: Recipe) -> dict:
+    """The knobs that may not change within a run, as JSON gives them back."""
+    return json.loads(json.dumps({f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.metadata["tied"]}))
 
 
 def check_run(recipe: Recipe, run: Path):
     """Refuse a run directory made with another recipe, or damaged; write nothing."""
     path = run / "recipe.json"
-    if run.exists() and not run.is_dir():
-        fail(f"--run {run} is a file; a directory is wanted")
+    there = next(folder for folder in (run, *run.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(f"--run {run}: {there} is {'read-only' if there.is_dir() else 'a file'}; a directory that can be written to is wanted")
     check_files(run)
     if not path.exists():
         return
-    saved, mine = check_json(path, RESTORE), json.loads(json.dumps(vars(recipe)))
-    saved.pop("theta_0", None)
-    if missing := set(saved) ^ set(mine):
+    saved = check_json(path, RESTORE)
+    if missing := (set(saved) ^ set(vars(recipe))) - {"theta_0"}:
         fail(f"{path} was written by another version (knobs {', '.join(sorted(missing))}); choose another --run")
-    tied = [f.name for f in dataclasses.fields(recipe) if f.metadata["tied"]]
-    if other := [f"{k}: {saved[k]!r} there, {mine[k]!r} asked" for k in tied if saved[k] != mine[k]]:
+    if other := [f"{k}: {saved[k]!r} there, {v!r} asked" for k, v in tied(recipe).items() if saved[k] != v]:
         fail(f"{run} holds a run of another recipe ({'; '.join(other)}); give the same flags, or another --run")
 
 
@@ -324,6 +367,7 @@ def save_run(recipe: Recipe, run: Path):
         write_whole(path, json.dumps({**vars(recipe), "theta_0": mark}, indent=1) + "\n")
 
 
+@one_line
 def main(argv=None):
     recipe, args = parse(argv, __doc__.split("\n")[0])
     check_run(recipe, args.run)

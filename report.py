@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 import harness
-from recipe import RESTORE, check_files, check_json, fail, iter_dir, parse, write_whole
+from recipe import RESTORE, check_files, check_json, fail, iter_dir, one_line, parse, write_whole
 
 NAMES = {"expected_exact_match": "expected exact match", "greedy_exact_match": "greedy exact match",
          "nll_per_token": "NLL per token (nats)", "win_rate": "win rate", "margin": "margin",
@@ -41,6 +41,7 @@ figure{margin:0;break-inside:avoid}.warn{border-left:4px solid #b00020;backgroun
 @media print{body{max-width:none;margin:0;font-size:11pt}.wide{overflow:visible}th,td{white-space:normal}h2,h2+p,.ask{break-after:avoid}.answers{break-inside:avoid}}"""
 
 
+@one_line
 def main(argv=None):
     _, args = parse(argv, __doc__.split("\n")[0])
     check_files(args.run)
@@ -87,7 +88,7 @@ def lines_of(path: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except ValueError as problem:
-        fail(f"{path} is damaged ({problem}): delete it and the eval.json beside it, and run evaluate.py again")
+        fail(f"{path} is damaged ({problem}): restore or delete it, this page is all that is made from it")
 
 
 def metrics(run: Path, iterations: int) -> list[list[dict]]:

@@ -43,9 +43,10 @@ elif [[ $recipe == demo ]]; then  # one thread: the same bytes on any number of 
 fi
 
 did=0
-stage() {  # stage RESULT SCRIPT FLAGS…: skipped where its result is there
-  local result=$1 script=$2; shift 2
-  [[ -e $run/$result ]] && return
+stage() {  # stage RESULT SCRIPT FLAGS…: skipped where its result is there, and nothing that a kill kept it from clearing away
+  local result=$1 script=$2 rest=generated.part; shift 2
+  [[ $script == train.py ]] && rest=checkpoint
+  [[ -e $run/$result && ! -e $run/${result%/*}/$rest ]] && return
   did=1
   "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" "$@" & child=$!
   wait "$child"
@@ -65,7 +66,8 @@ for ((t = 0; t < iterations; t++)); do
   fi
 done
 
-if [[ $did == 0 && -e $run/report.html ]]; then
+newer=$(find "$run" \( -name eval.json -o -name benchmarks.json \) -newer "$run/report.html" 2>/dev/null || echo all)
+if [[ $did == 0 && -z $newer ]]; then
   echo "nothing to do: $run is complete, see $run/report.html"
 elif [[ ${NODE_RANK:-0} == 0 ]]; then
   "$python" "$here/report.py" --recipe "$recipe" --run "$run" "$@"

@@ -17,6 +17,8 @@ from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig
 
+from recipe import fail
+
 
 def uniforms(*key: int, number: int) -> np.ndarray:
     """`number` uniform numbers in [0, 1) that depend on the key (seed, iteration, prompt id, …) only. float64."""
@@ -25,6 +27,8 @@ def uniforms(*key: int, number: int) -> np.ndarray:
 
 def choose(logits: torch.Tensor, u: torch.Tensor | None, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
     """The first token whose cumulative probability exceeds u. logits (B, V), u (B,) float64 or None (greedy) -> (B,)."""
+    if not logits.amax(-1).isfinite().all():
+        fail("the model's logits are NaN or infinite, though its weights are not: choose another model, or try --dtype fp32")
     if u is None or temperature == 0:
         return logits.argmax(-1)
     scores = logits.float() / temperature  # (B, V)

@@ -30,9 +30,10 @@ from data import (check_ids, check_prompts, counts_line, encode, holds_special, 
                   read_jsonl, read_rows, to_pair, write_jsonl)
 from loss import sequence_logps, sft_loss, spin_loss, spin_margin
 from packing import pack, packed, share
-from recipe import at, check_json, check_run, fail, identity, iter_dir, parse, save_run, theta, write_whole
+from recipe import at, check_json, check_run, fail, identity, iter_dir, one_line, parse, save_run, theta, tied, write_whole
 
 
+@one_line
 def main(argv=None):
     recipe, args = parse(argv, __doc__.split("\n")[0], ("--iter", dict(type=int, required=True, help="iteration t")),
                          ("--pairs", dict(nargs="+", default=[], help="train on these pairs, not on the run's own")))
@@ -42,21 +43,25 @@ def main(argv=None):
         shutil.rmtree(out / "checkpoint", ignore_errors=True)  # a kill may have come between
         return print(f"{out / 'model'} is there already: nothing to do")
     start = theta(recipe, args.run, t, recipe.objective)
+    mark, sampled = identity(start, recipe.revision), iter_dir(args.run, t) / "generated.json"
+    if recipe.objective == "spin" and not args.pairs and check_json(sampled).get("model", mark) != mark:
+        fail(f"{sampled}l was sampled from another theta_{t} than {start}: delete it and {sampled} and run generate.py again")
     tokenizer, vocabulary = load_tokenizer(start, recipe)
     pairs = load_pairs(recipe, args, tokenizer, vocabulary)
-    note = {"start": identity(start, recipe.revision), "pairs": fingerprint(pairs), "number": len(pairs)}
+    note = {"start": mark, "pairs": fingerprint(pairs), "number": len(pairs), "recipe": tied(recipe)}
 
     with parallel.join() as world:
         model = parallel.load_sharded(start, recipe, world)
         parallel.barrier()  # nobody writes before everybody has its model
         if world.rank == 0:
             print(f"theta_{t} ({start}) trains on {len(pairs)} pairs, objective {recipe.objective}")
-            save_run(recipe, args.run)
         out.mkdir(parents=True, exist_ok=True)
         # Appendix B.1: no weight decay. foreach would make temporaries as large as the rank's share of the model
         optimizer = torch.optim.RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         done = parallel.load_checkpoint(out / "checkpoint", note, model, optimizer)
         with packed(model, recipe.attention):
+            if world.rank == 0:
+                save_run(recipe, args.run)
             opponent = frozen_scores(model, pairs, recipe, t, world, out, note, done) if recipe.objective == "spin" else None
             with parallel.preemption() as asked:
                 train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done, asked)
@@ -154,7 +159,7 @@ def frozen_scores(model, pairs, recipe, t, world, out, note, done):
         fail(f"the opponent's scores of {out / 'checkpoint'} are missing from {out}: delete the checkpoint to start anew")
     scores = score_opponent(model, pairs, recipe, t, world)
     if bad := [(pair["iter"], pair["id"]) for pair, good in zip(pairs, scores.isfinite().all(1)) if not good]:
-        fail(f"the opponent's log-probabilities of {len(bad)} pairs are NaN or infinite, (iter, id): {bad[:5]}; nothing was saved; "
+        fail(f"the opponent's log-probabilities of {len(bad)} pairs are NaN or infinite, (iter, id): {bad[:5]}; none were kept; "
              "look at these pairs, or try --dtype fp32")
     if world.rank == 0:
         key.unlink(missing_ok=True)
@@ -246,7 +251,9 @@ def foreign_pairs(recipe, args, tokenizer, vocabulary):
             elif parses_specials(tokenizer, recipe.template) and any(
                     holds_special(tokenizer, pair.get(k, "")) for k in ("system", "prompt", "real", "generated")):
                 counts["text of a special token"] += 1
-            elif len(encode(tokenizer, recipe.template, pair, max_length=recipe.max_length)[0]) >= recipe.max_length:
+            elif not (length := len(encode(tokenizer, recipe.template, pair, max_length=recipe.max_length)[0])):
+                counts["prompt of no tokens"] += 1
+            elif length >= recipe.max_length:
                 counts["prompt too long"] += 1
             else:
                 seen.add(key)

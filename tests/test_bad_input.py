@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import MICRO, REPO, THETA0, shell, stage, torchrun
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from data import read_jsonl, write_jsonl
 from recipe import Recipe, flag
@@ -83,6 +84,19 @@ def tokenizer_config(**fields):
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **fields}))
 
 
+def sharded(folder):
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+
+
+def beyond(folder, number):
+    """The EOS gets a number that the model has no embedding for, though the tokenizer is no larger than the model."""
+    core = json.loads((folder / "tokenizer.json").read_text())
+    core["model"]["vocab"]["</s>"] = number
+    core["added_tokens"] = [{**token, "id": number} if token["content"] == "</s>" else token for token in core["added_tokens"]]
+    (folder / "tokenizer.json").write_text(json.dumps(core))
+
+
 def pickled(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -137,14 +151,46 @@ def of_another(kind):
     return lay_out
 
 
-def swapped(tmp, played):
-    """θ_0's weights have changed since the run began: its generated.jsonl is another model's."""
+def swapped(change):
+    """θ_0 has changed since the run began: its generated.jsonl is another model's."""
+    def lay_out(tmp, played):
+        flags = begun(tmp)
+        change(tmp / "model")
+        return "train", tmp / "run", flags
+    return lay_out
+
+
+def begun(tmp):
+    """A run whose first answers are there, of a model in tmp; its flags."""
     shutil.copytree(THETA0, tmp / "model")
     (tmp / "run").mkdir()
     flags = ["--iter", 0, "--model", tmp / "model"]
     stage("generate", tmp / "run", *flags)
-    weights(lambda w: w[UP].mul_(1.01))(tmp / "model")
-    return "train", tmp / "run", flags
+    return flags
+
+
+def chunks_of_another(tmp, played):
+    """A killed generate.py left a chunk, and θ_1 was trained anew since."""
+    shutil.copytree(played, tmp / "run")
+    shutil.rmtree(tmp / "run" / "iter1" / "model")
+    shutil.copytree(played / "iter1" / "model", tmp / "run" / "iter0" / "model", dirs_exist_ok=True)
+    (tmp / "run" / "iter0" / "files.json").unlink()
+    answers = tmp / "run" / "iter1" / "generated.jsonl"
+    (tmp / "run" / "iter1" / "generated.part").mkdir()
+    rows = sorted(read_jsonl(answers), key=lambda row: (-len(AutoTokenizer.from_pretrained(THETA0)(row["prompt"])["input_ids"]), row["id"]))
+    write_jsonl(tmp / "run" / "iter1" / "generated.part" / "000000.jsonl", rows[:16])
+    answers.unlink()
+    return "generate", tmp / "run", ["--iter", 1]
+
+
+def held_out(tmp):
+    """The held-out set changes between the evaluation of θ_0 and that of θ_1."""
+    flags = ["--eval-data", tmp / "held.jsonl"]
+    (tmp / "held.jsonl").write_text(PLAIN)
+    stage("evaluate", tmp / "run", "--theta0", *flags)
+    (tmp / "run" / "eval.json").unlink()
+    (tmp / "held.jsonl").write_text(PLAIN.replace("Spell", "Twice"))
+    return "evaluate", tmp / "run", ["--theta0", *flags]
 
 
 def train_on(*rows):
@@ -179,7 +225,8 @@ TABLE = {
         (["--recipe", "large"], "--recipe"), (["--max-length", "65"], "64 positions"), (["--trust-remote-code"], "--trust-remote-code"),
         (["--template", "no place"], "holds {prompt}"), (["--template", "{ prompt }"], "holds {prompt}"),
         (["--template", "chat"], "no chat template"), (["--template", "\udcff{prompt}"], "UTF-8"),
-        (["--model", "no/such/model"], "no model"), (["--model", ""], "--model must not be empty"), (["--data", "no/such.jsonl"], "no/such.jsonl"),
+        (["--run", "/dev/null/run"], "/dev/null is a file"), (["--run", "r" * 300], "cannot read or write: "),
+        (["--model", "m" * 300], "cannot read or write: "), (["--model", "no/such/model"], "no model"), (["--model", ""], "--model must not be empty"), (["--data", "no/such.jsonl"], "no/such.jsonl"),
         (["--data", str(THETA0)], "no data"), (["--data", ""], "--data must not be empty"), (["--data", "demo"], "no data"), (["--split", ""], "--split must not be empty"), (["--eval-split", ""], "--eval-split must not"),
         (["--recompute=maybe"], "--recompute"), (["--offload=1"], "--offload"), (["--sft-baseline", "3"], "arguments: 3")]},
     "--eval-data of nothing": (lambda tmp, played: ("evaluate", tmp / "run", ["--theta0", "--eval-data", "no/such.jsonl"]), "cannot read no/such.jsonl"),
@@ -241,6 +288,8 @@ TABLE = {
     "a weight too many": (model(weights(lambda w: w.update({UP + "2": w[UP].clone()})), "train"), "unexpected keys"),
     "a weight of another shape": (model(weights(lambda w: w.update({UP: w[UP][:-1].clone()})), "train"), "mismatched keys"),
     "a weight that is NaN": (model(weights(lambda w: w[UP].fill_(float("nan")))), "NaN or infinity"),
+    "a shard of the weights missing": (model(sharded), "model-2.safetensors is missing, or empty"),
+    "an EOS beyond the model's vocabulary": (model(lambda m: beyond(m, 5000)), "has a token 5000, its model only 88"),
     "no tokenizer": (model(lambda m: [(m / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")]), "cannot load the tokenizer"),
     "half a tokenizer": (model(lambda m: cut(m / "tokenizer.json", 100)), "cannot load the tokenizer"),
     "a tokenizer without EOS": (model(tokenizer_config()), "no EOS"),
@@ -248,7 +297,8 @@ TABLE = {
     # a run
     "of another recipe": (run(lambda r: None, "generate", 2, "--lam", "3", "--seed", "7"), "seed: 0 there, 7 asked; lam: "),
     "of another theta_0": (run(lambda r: None, "generate", 2, "--model", THETA0), "model: 'demo/theta0' there"),
-    "of another theta_0 in the same place": (swapped, "are not those that"),
+    "of another theta_0 in the same place": (swapped(weights(lambda w: w[UP].mul_(1.01))), "are not those that"),
+    "of another tokenizer in the same place": (swapped(lambda m: open(m / "tokenizer.json", "a").write(" ")), "are not those that"),
     "of a newer version": (run(lambda r: (r / "recipe.json").write_text(
         json.dumps({**json.loads((r / "recipe.json").read_text()), "new_knob": 1}))), "another version (knobs new_knob)"),
     "half a recipe.json": (run(lambda r: cut(r / "recipe.json", 30)), "recipe.json is damaged"),
@@ -261,9 +311,12 @@ TABLE = {
     "weights of an iteration cut off": (run(lambda r: cut(r / "iter0" / "model" / "model.safetensors"), "generate"), "model.safetensors is missing, or damaged"),
     "an iteration's tokenizer lost": (run(lambda r: (r / "iter0" / "model" / "tokenizer.json").unlink()), "tokenizer.json is missing, or damaged"),
     "metrics.jsonl cut at a line": (run(lambda r: cut(r / "iter1" / "metrics.jsonl", 300)), "metrics.jsonl is missing, or damaged"),
-    "metrics.jsonl lost": (run(lambda r: (r / "iter1" / "metrics.jsonl").unlink()), "metrics.jsonl is missing, or damaged"),
-    "opponent.jsonl lost": (run(lambda r: (r / "iter1" / "opponent.jsonl").unlink()), "opponent.jsonl is missing, or damaged"),
-    "half an opponent.json": (run(lambda r: cut(r / "iter1" / "opponent.json", 9)), "opponent.json is damaged"),
+    "half an opponent.json": (untrained(lambda i: cut(i / "opponent.json", 9)), "opponent.json is damaged"),
+    "half a generated.json": (run(lambda r: cut(r / "iter1" / "generated.json", 9), "generate"), "generated.json is damaged"),
+    "half a heldout.json": (run(lambda r: cut(r / "heldout.json", 9), "evaluate"), "heldout.json is damaged"),
+    "answers of another model": (untrained(lambda i: (i / "generated.json").write_text('{"model": "0123"}')), "was sampled from another theta_1"),
+    "chunks of another model": (chunks_of_another, "are not known to be those of"),
+    "other held-out prompts": (lambda tmp, played: held_out(tmp), "not those of"),
     "half an eval.json": (run(lambda r: cut(r / "iter1" / "eval.json", 9), "evaluate"), "delete it and run evaluate.py"),
     "answers.jsonl lost": (run(lambda r: (r / "answers.jsonl").unlink(), "evaluate"), "answers.jsonl is missing, or damaged: it has 0 lines of 6"),
     "answers.jsonl cut at a line": (run(lambda r: write_jsonl(r / "iter0" / "answers.jsonl", list(read_jsonl(r / "iter0" / "answers.jsonl"))[:4])),
@@ -382,6 +435,20 @@ def test_the_shell_gives_exit_code_2_and_one_line_in_every_stage(tmp_path):
         done = shell(sys.executable, script, *MICRO, "--run", tmp_path / "run", *flags)
         assert done.returncode == 2 and re.fullmatch(r"error: [^\n]*\n", done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file, entry", [("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}),
+                                         ("tokenizer_config.json", {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}})])
+def test_code_in_a_models_folder_is_not_run_even_if_somebody_answers_yes(file, entry, tmp_path):
+    shutil.copytree(THETA0, tmp_path / "model")
+    path, seen = tmp_path / "model" / file, tmp_path / "was run"
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **entry}))
+    (tmp_path / "model" / "mine.py").write_text(f"open({str(seen)!r}, 'w')\nfrom transformers import LlamaConfig as Config, PreTrainedTokenizerFast as Mine\n")
+    done = shell(sys.executable, "generate.py", *MICRO, "--run", tmp_path / "run", "--iter", "0", "--model", tmp_path / "model", input="y\n" * 9)
+    assert not seen.exists() and "Traceback" not in done.stderr
+    trusting = shell(sys.executable, "-c", "import sys; from transformers import AutoConfig, AutoTokenizer\n"
+                     "for a in (AutoConfig, AutoTokenizer): a.from_pretrained(sys.argv[1], trust_remote_code=True)", tmp_path / "model")
+    assert seen.exists(), trusting.stderr  # the control: the code would run
 
 
 def test_under_torchrun_rank_0_alone_speaks(tmp_path):

@@ -188,5 +188,12 @@ def test_with_a_template_of_special_tokens_text_that_spells_one_is_left_out_and_
     assert choose(rows, tokenizer)[1]["text of a special token"] == 0  # the paper's template is plain text
 
 
+def test_a_prompt_of_no_tokens_is_left_out_for_nothing_would_predict_the_first_token_of_its_answer(tokenizer):
+    core = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))  # drops what it does not know
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    pairs, counts = choose([{"prompt": "zz", "response": "a"}, {"prompt": "ab", "response": "b"}], tok, template="{prompt}")
+    assert [p["prompt_ids"] for p in pairs] == [[0, 1]] and counts["prompt of no tokens"] == 1
+
+
 def test_no_usable_rows_is_refused_with_the_counts(tokenizer, refused):
     assert "empty prompt or response: 2" in refused(lambda: choose([{"prompt": "", "response": "x"}] * 2, tokenizer))

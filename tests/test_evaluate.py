@@ -209,6 +209,11 @@ def test_the_whole_loop_on_one_command_and_again_does_nothing(tmp_path):
     again = shell(*command)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    report, left = tmp_path / "run" / "report.html", tmp_path / "run" / "iter1" / "checkpoint"
+    os.utime(tmp_path / "run" / "iter1" / "eval.json")  # as if a kill had come before the report was made,
+    assert "report.html" in shell(*command).stdout and report.stat().st_mtime_ns > before[report]
+    left.mkdir()  # or before this was cleared away
+    assert shell(*command).returncode == 0 and not left.exists()
 
 
 @pytest.mark.parametrize("gpus", [0, 4])

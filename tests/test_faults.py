@@ -23,6 +23,7 @@ from test_train import fresh, metrics, weights
 import generate
 import parallel
 import report
+import sample
 import train
 from data import read_jsonl, write_jsonl
 
@@ -102,6 +103,37 @@ def test_a_full_disk_is_one_line_and_what_was_half_written_is_not_taken_for_fini
     assert name == "generate" or weights(run / "iter0") == weights(played / "iter0")
 
 
+def test_without_its_logs_a_finished_iteration_is_whole_and_a_damaged_one_is_named_with_what_to_do(played, tmp_path, refused):
+    run = tmp_path / "run"
+    shutil.copytree(played, run)
+    for name in ("metrics.jsonl", "opponent.jsonl", "opponent.json", "generated.json"):
+        (run / "iter0" / name).unlink()
+    stage("generate", run, "--iter", 2)  # for which nothing of them is wanted
+    report.main([*MICRO, "--run", str(run)])
+    os.truncate(run / "iter1" / "metrics.jsonl", 900)
+    assert "restore or delete it, it is but a log" in refused(lambda: stage("generate", run, "--iter", 3))
+    (run / "iter1" / "metrics.jsonl").unlink()  # as told
+    report.main([*MICRO, "--run", str(run)])
+
+
+@pytest.mark.parametrize("name", ["report", "evaluate"])
+def test_a_full_disk_is_one_line_where_no_ranks_have_met_too(name, played, tmp_path, capsys):
+    shutil.copytree(played, tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            if name == "report":
+                report.main([*MICRO, "--run", str(tmp_path / "run")])
+            else:
+                stage("evaluate", tmp_path / "run", "--compare", THETA0, THETA0, "--out", tmp_path / "out.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line, = re.findall("^error: .*", capsys.readouterr().err, re.MULTILINE)
+    assert stop.value.code == 2 and "make room" in line and not (tmp_path / "out.json").exists()
+
+
 def test_a_rank_that_dies_takes_the_job_down_within_a_minute_with_its_own_message(played, tmp_path):
     run, script = fresh(played, tmp_path), tmp_path / "dying.py"
     script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
@@ -141,6 +173,18 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_iteration_ends_with_
     shutil.rmtree(folder)
     stage("train", run, "--iter", 1)
     assert weights(run / "iter1") == weights(played / "iter1")
+
+
+def test_a_checkpoint_whose_recipe_was_lost_is_not_gone_on_with_under_another(played, tmp_path, monkeypatch, refused):
+    run = fresh(played, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stage("train", run, "--iter", 0)
+    (run / "recipe.json").unlink()
+    assert "belongs to other pairs" in refused(lambda: stage("train", run, "--iter", 0, "--lr", "9e-5"))
+    stage("train", run, "--iter", 0)
+    assert weights(run / "iter0") == weights(played / "iter0")
 
 
 # ---- numbers that go wrong -------------------------------------------------------------------------------------
@@ -233,6 +277,14 @@ def test_weights_that_are_nan_are_not_sampled_from(tmp_path, refused, capsys):
     state["model.norm.weight"][0] = math.inf
     save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert "NaN or infinity" in refused(lambda: stage("generate", tmp_path / "run", "--iter", 0, "--model", tmp_path / "model"))
+
+
+@pytest.mark.parametrize("u", [None, torch.tensor([0.5], dtype=torch.float64)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_no_token(u, bad, refused):
+    fine = torch.tensor([[-math.inf, 2.0, 1.0]])  # a token may be impossible
+    assert sample.choose(fine, u).item() == 1
+    assert "logits are NaN" in refused(lambda: sample.choose(torch.tensor([[0.0, bad, 1.0]]), u))
 
 
 def steps(win_rate, logratios):

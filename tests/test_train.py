@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import MICRO, REPO, THETA0, stage, torchrun
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import parallel
@@ -264,7 +264,12 @@ def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(t
     AutoModelForCausalLM.from_pretrained(THETA0).model.save_pretrained(tmp_path / "base")
     config = json.loads((THETA0 / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    for folder, names, fallback in ((THETA0, start, 0), (tmp_path / "untied", untied.state_dict(), 0), (tmp_path / "base", start, 1)):
+    shutil.copytree(THETA0, tmp_path / "older")  # what transformers would not read, beside what it does
+    save_file({n: w + 1 for n, w in start.items()}, tmp_path / "older" / "model-older.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tmp_path / "untied", tmp_path / "contradiction")  # two weights, and a config that calls them one
+    (tmp_path / "contradiction" / "config.json").write_text(json.dumps(config))
+    for folder, names, fallback in ((THETA0, start, 0), (tmp_path / "untied", untied.state_dict(), 0), (tmp_path / "base", start, 1),
+                                    (tmp_path / "older", start, 1), (tmp_path / "contradiction", None, 1)):
         whole.clear()
         with parallel.join() as world:
             model = parallel.load_sharded(str(folder), recipe, world)
@@ -274,6 +279,7 @@ def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(t
             assert torch.equal(model(ids).logits, fresh(ids).logits)  # the rotary frequencies, which no file holds, too
             model.reshard()
         assert len(whole) == fallback
+        names = names or dict(fresh.named_parameters())
         assert set(loaded) == set(names) and all(torch.equal(loaded[n], names[n].float()) for n in names)
         assert {w.dtype for w in loaded.values()} == {torch.float32}
 
