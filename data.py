@@ -130,7 +130,8 @@ def to_pair(row: dict, where: str) -> dict:
 
 def load_tokenizer(name: str, recipe):
     """The tokenizer of a model and the size of the model's head, checked together before any weight is read."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoTokenizer, logging
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     revision = (recipe.revision if name == recipe.model else "") or None
@@ -140,7 +141,9 @@ def load_tokenizer(name: str, recipe):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds here; each means there is no usable model
         fail(f"cannot load the tokenizer and config of {name}: {type(problem).__name__}: {str(problem)[:300]}")
-    if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(whole.model_type)
+    if not causal or not getattr(config, "is_decoder", True) and causal not in (whole.architectures or ()):
+        # BERT and its kin are there too, for use as decoders; but GPT-NeoX says is_decoder False, and is one
         fail(f"{name} is no causal language model ({whole.model_type}): each token must follow from those before it")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {name} has no EOS token, so a response could not end")

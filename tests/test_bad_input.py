@@ -16,10 +16,14 @@ import pytest
 import torch
 from conftest import MICRO, REPO, THETA0, shell, stage, torchrun
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import (AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 from data import read_jsonl, write_jsonl
 from recipe import Recipe, flag
+
+
+SMALL = dict(vocab_size=88, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
 
 
 def snapshot(folder):
@@ -425,6 +429,19 @@ def test_a_tokenizer_without_pad_gives_the_same_answers_and_one_without_bos_is_t
     assert len(rows) == 5 and (rows == clean) == same
     stage("train", tmp_path / "run", *flags)
     assert (tmp_path / "run" / "iter0" / "model").is_dir()
+
+
+@pytest.mark.parametrize("build", [
+    lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, rotary_pct=0.5)), lambda: GPT2LMHeadModel(GPT2Config(vocab_size=88, n_embd=32, n_layer=1, n_head=2)),
+    lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, num_key_value_heads=1))])
+def test_causal_models_of_other_families_are_taken(build, tmp_path):
+    """GPT-NeoX (Pythia) has is_decoder False in its config, as encoders have."""
+    shutil.copytree(THETA0, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    build().save_pretrained(tmp_path / "model")
+    (tmp_path / "set.jsonl").write_text(PLAIN)
+    flags = ["--data", tmp_path / "set.jsonl", "--model", tmp_path / "model"]
+    assert len(answers(tmp_path / "run", *flags)) == 5
+    stage("train", tmp_path / "run", "--iter", 0, *flags)
 
 
 # ---- through the shell -----------------------------------------------------------------------------------------
