@@ -6,7 +6,7 @@ Runs the stages of two iterations calmly, with each number of ranks, and keeps t
 and again: a stage starts from what the one before it left, or (for damage) its finished directory is taken, or one that was killed
 amid its training; a fault of a random kind comes at a random moment, at a random place; the same command is given again, and for
 damage to what another stage reads, that stage's. It must end with exit code 0 and the calm run's bytes (metrics.jsonl without its
-speeds; a file of GUARDS, by which others are checked, may stay lost), or with exit code 2 and one line that names the damaged
+speeds; a log, or a file by which others are checked, may stay lost: GUARDS), or with exit code 2 and one line that names the damaged
 file or its folder.
 
 kill one rank, kill all    SIGKILL; with one rank the same. The job must be down within a minute
@@ -36,7 +36,8 @@ MICRO = ["--recipe", "demo", "--num-prompts", "96", "--batch-size", "12", "--mic
 STAGES = [("generate", 0), ("train", 0), ("generate", 1), ("train", 1), ("evaluate", 1)]
 KINDS = ["kill one rank", "kill all", "SIGTERM", "disk full", "cut", "cut at a line", "remove"]
 GUARDS = ["recipe.json", "prompts.json", "heldout.json",
-          *(f"iter{t}/{name}" for t in (0, 1) for name in ("opponent.json", "opponent.jsonl", "metrics.jsonl", "generated.json", "files.json"))]
+          *(f"iter{t}/{name}" for t in (0, 1)
+            for name in ("generated.json", "opponent.json", "opponent.jsonl", "metrics.jsonl", "files.json"))]
 
 
 def start(stage, t, run: Path, ranks: int, largest=None):
@@ -49,7 +50,10 @@ def start(stage, t, run: Path, ranks: int, largest=None):
 
 
 def finish(process, within=300, calm=True):
-    """(exit code, its lines that begin with error:, seconds); kills and gives up after `within` seconds. calm: no rank may leave a traceback."""
+    """(exit code, its lines that begin with error:, seconds); kills and gives up after `within` seconds.
+
+    calm: no rank may leave a traceback.
+    """
     begun = time.perf_counter()
     try:
         err = process.communicate(timeout=within)[1]
@@ -177,11 +181,14 @@ def one(number, chance, ranks, kept, seconds, root):
         shutil.copytree(kept[stage, t, "before"], run)
         when = disturb(kind, stage, t, run, ranks, chance, seconds[stage, t], wanted)
     code, lines, _ = finish(start(stage, t, run, ranks))
+    if code == 0 and path and path.name == "generated.jsonl" and not path.exists():
+        code, lines, _ = finish(start("generate", int(path.parent.name[-1]), run, ranks))  # nobody wanted it yet: the loop makes it again
     if code == 0:
         here, there = contents(run), contents(wanted)
         other = [name for name in there if here.get(name) != there[name]
                  and not (path and name in GUARDS and path == run / name)]
-        other += [str(p.relative_to(run)) for p in run.rglob("*") if p.name in ("checkpoint", "generated.part")] + sorted(here.keys() - there.keys())
+        other += [str(p.relative_to(run)) for p in run.rglob("*") if p.name in ("checkpoint", "generated.part")]  # cleared away
+        other += sorted(here.keys() - there.keys())
         result = "the same bytes" if not other else f"OTHER BYTES in {', '.join(other)}"
     else:
         named = path and any(part in "".join(lines) for part in (str(path), str(path.parent)))

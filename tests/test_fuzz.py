@@ -90,6 +90,8 @@ def test_bins_hold_everything_once(sizes, budget, parts):
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     assert len(bins) % parts == 0 and load == sorted(load, reverse=True)
     assert all(full <= budget or len(b) == 1 for full, b in zip(load, bins))
+    if budget >= max(sizes) and len(sizes) > 4 * len(bins):
+        assert load[0] - load[-1] <= max(sizes)  # as even as the largest piece allows
 
 
 @many
