@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe import fail, locate, write_whole
+from files import fail, write_whole
+from recipe import locate
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
 

@@ -29,9 +29,10 @@ import harness
 import mt_bench
 import parallel
 from data import check_prompts, counts_line, decode, encode, load_tokenizer, read_rows, select, write_jsonl
+from files import SHOWN, fail, one_line, write_whole
 from loss import sequence_logps, spin_margin
 from packing import pack, packed, share
-from recipe import SHOWN, at, check_model, check_run, fail, iter_dir, one_line, parse, save_run, theta, write_whole
+from recipe import at, check_model, check_run, iter_dir, parse, save_run, theta
 from sample import sample, uniforms
 
 COLUMNS = ("exact_probability", "greedy", "nll", "tokens", "win", "margin", "eos", "length")  # a row of figures a prompt

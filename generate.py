@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import parallel
 from data import check_prompts, counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
-from recipe import check_json, check_lines, check_run, fail, identity, iter_dir, one_line, parse, save_run, theta, write_whole
+from files import check_json, check_lines, fail, identity, one_line, write_whole
+from recipe import check_run, iter_dir, parse, save_run, theta
 from sample import ENGINES, uniforms
 
 

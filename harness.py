@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from recipe import HERE, fail
+from files import fail
+from recipe import HERE
 
 INSTALL = "pip install 'lm_eval[hf]==0.4.13'"
 # our column, the harness's task, few-shot examples, the harness's metric: Appendix B.1 and the old Open LLM Leaderboard

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import parallel
 from data import decode, encode, load_tokenizer, read_rows, write_jsonl
+from files import fail
 from harness import positions
-from recipe import fail
 from sample import sample, uniforms
 
 # FastChat's temperature_config; 0.7 for other categories

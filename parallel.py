@@ -28,7 +28,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from recipe import cannot, check_json, fail, weight_files, write_whole
+from files import cannot, check_json, fail, weight_files, write_whole
+
 
 
 @dataclass(frozen=True)

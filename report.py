@@ -13,7 +13,8 @@ import math
 from pathlib import Path
 
 import harness
-from recipe import RESTORE, check_files, check_json, fail, iter_dir, one_line, parse, write_whole
+from files import RESTORE, check_files, check_json, fail, one_line, write_whole
+from recipe import iter_dir, parse
 
 NAMES = {"expected_exact_match": "expected exact match", "greedy_exact_match": "greedy exact match",
          "nll_per_token": "NLL per token (nats)", "win_rate": "win rate", "margin": "margin",

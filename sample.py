@@ -17,7 +17,8 @@ from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig
 
-from recipe import fail
+from files import fail
+
 
 
 def uniforms(*key: int, number: int) -> np.ndarray:

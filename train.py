@@ -28,9 +28,10 @@ from tqdm import tqdm
 import parallel
 from data import (check_ids, check_prompts, counts_line, encode, holds_special, load_tokenizer, parses_specials, read_generated,
                   read_jsonl, read_rows, to_pair, write_jsonl)
+from files import check_json, fail, identity, one_line, write_whole
 from loss import sequence_logps, sft_loss, spin_loss, spin_margin
 from packing import pack, packed, share
-from recipe import at, check_json, check_run, fail, identity, iter_dir, one_line, parse, save_run, theta, tied, write_whole
+from recipe import at, check_run, iter_dir, parse, save_run, theta, tied
 
 
 @one_line
