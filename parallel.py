@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from files import cannot, check_json, fail, weight_files, write_whole
+from files import LOGS, cannot, check_json, fail, weight_files, write_whole
 
 
 
@@ -298,7 +298,7 @@ def export(model, tokenizer, folder: Path, world: World):
         for path in part.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # before the checkpoint goes
-        logs = [path for name in ("metrics.jsonl", "opponent.jsonl") if (path := folder.with_name(name)).exists()]
+        logs = [path for name in LOGS if (path := folder.with_name(name)).exists()]
         sizes = {f"{folder.name}/{path.name}": path.stat().st_size for path in sorted(part.iterdir())}
         sizes |= {path.name: path.stat().st_size for path in logs}
         write_whole(folder.with_name("files.json"), json.dumps(sizes, indent=1) + "\n")
