@@ -15,35 +15,46 @@ import time
 from pathlib import Path
 
 RESTORE, AGAIN = "restore it, or choose another --run", "copy or download it again"
-LOGS = ("metrics.jsonl", "opponent.jsonl")  # of a finished iteration: nothing is made from them any more, but pictures
+LOGS = (
+    "metrics.jsonl",
+    "opponent.jsonl",
+)  # of a finished iteration: nothing is made from them any more, but pictures
 SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
 
 
 def fail(message: str):
     """End the stage as a user's mistake: one line on stderr, exit code 2. Under torchrun rank 0 alone speaks."""
     if int(os.environ.get("RANK", 0)) != 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends all ranks when one has left;
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # by which torchrun ends all ranks when one has left;
         time.sleep(10)  # and rank 0 should get its line out first
     line = " ".join(str(message).split())
-    print("error: " + (line if len(line) < 1000 else line[:1000] + " …"), file=sys.stderr, flush=True)
+    print(
+        "error: " + (line if len(line) < 1000 else line[:1000] + " …"), file=sys.stderr, flush=True
+    )
     raise SystemExit(2)
 
 
 def cannot(problem: Exception):
     """End the stage because a file cannot be read or written: a full disk, mostly."""
     print(file=sys.stderr)  # a progress bar may have left its line open
-    fail(f"cannot read or write: {problem}; mend that (make room, where a disk is full), and run the same command again: "
-         "what is finished was kept")
+    fail(
+        f"cannot read or write: {problem}; mend that (make room, where a disk is full), and run the same command again: "
+        "what is finished was kept"
+    )
 
 
 def one_line(main):
     """For a stage's main: an OSError ends it in one line."""
+
     @functools.wraps(main)
     def careful(argv=None):
         try:
             return main(argv)
         except OSError as problem:
             cannot(problem)
+
     return careful
 
 
@@ -74,7 +85,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads the weights in a folder from."""
     index = check_json(folder / "model.safetensors.index.json", AGAIN)
     whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted({folder / name for name in index.get("weight_map", {}).values()})
+    return (
+        [whole]
+        if whole.is_file()
+        else sorted({folder / name for name in index.get("weight_map", {}).values()})
+    )
 
 
 def check_weights(folder: Path):
@@ -87,11 +102,22 @@ def check_weights(folder: Path):
             length = int.from_bytes(file.read(8), "little")
             try:
                 header = json.loads(file.read(length if length < size else 0))
-                end = max([0, *(w["data_offsets"][1] for name, w in header.items() if name != "__metadata__")])
+                end = max(
+                    [
+                        0,
+                        *(
+                            w["data_offsets"][1]
+                            for name, w in header.items()
+                            if name != "__metadata__"
+                        ),
+                    ]
+                )
             except (ValueError, TypeError, KeyError, AttributeError, IndexError):
                 fail(f"{path} is damaged, its header cannot be read: {AGAIN}")
         if size != 8 + length + end:
-            fail(f"{path} is damaged, it has {size} bytes where its header says {8 + length + end}: {AGAIN}")
+            fail(
+                f"{path} is damaged, it has {size} bytes where its header says {8 + length + end}: {AGAIN}"
+            )
 
 
 def check_json(path: Path, mend: str = "delete it and run evaluate.py again") -> dict:
@@ -112,7 +138,9 @@ def check_lines(path: Path, wanted: int | None, mend: str):
         for number, last in enumerate(file, 1):
             pass
     if not last.endswith(b"\n") or wanted not in (None, number):
-        fail(f"{path} is missing, or damaged: it has {number} lines{f' of {wanted}' * bool(wanted)}, or half of the last: {mend}")
+        fail(
+            f"{path} is missing, or damaged: it has {number} lines{f' of {wanted}' * bool(wanted)}, or half of the last: {mend}"
+        )
 
 
 def check_size(path: Path, size: int, mend: str):
@@ -123,21 +151,44 @@ def check_size(path: Path, size: int, mend: str):
 
 def check_files(run: Path):
     """Refuse a run with a finished file that was cut off or lost since. Every stage looks, before it uses or writes anything."""
-    prompts = check_json(run / "prompts.json", "restore it, or, if the SFT set is what it was, delete it").get("prompts")
+    prompts = check_json(
+        run / "prompts.json", "restore it, or, if the SFT set is what it was, delete it"
+    ).get("prompts")
     check_json(run / "heldout.json", "restore it, or, if --eval-data is what it was, delete it")
     for folder in [run, *run.glob("iter[0-9]*"), *run.glob("sft/iter[0-9]*")]:
         sft = " --objective sft" * (folder.parent.name == "sft")
         again = f"restore it, or delete all but generated.json and generated.jsonl in {folder} and run train.py{sft} again"
         trained = (folder / "model").is_dir()
-        for name, size in check_json(folder / "files.json", again if trained else "delete it").items() if trained else ():
+        for name, size in (
+            check_json(folder / "files.json", again if trained else "delete it").items()
+            if trained
+            else ()
+        ):
             mend = "restore or delete it, it is but a log" if name in LOGS else again
             if (folder / name).exists() or name not in LOGS:
                 check_size(folder / name, size, mend)
-        check_json(folder / "generated.json", "restore it, or delete it and generated.jsonl and run generate.py again")
+        check_json(
+            folder / "generated.json",
+            "restore it, or delete it and generated.jsonl and run generate.py again",
+        )
         if (folder / "generated.jsonl").exists():
-            check_lines(folder / "generated.jsonl", prompts, "restore it, or delete it and run generate.py again")
+            check_lines(
+                folder / "generated.jsonl",
+                prompts,
+                "restore it, or delete it and run generate.py again",
+            )
         if (folder / "opponent.jsonl").exists() and not trained:
-            check_lines(folder / "opponent.jsonl", check_json(folder / "opponent.json", again).get("number"), again)
+            check_lines(
+                folder / "opponent.jsonl",
+                check_json(folder / "opponent.json", again).get("number"),
+                again,
+            )
         check_json(folder / "benchmarks.json", f"delete it and run evaluate.py{sft} --tasks again")
-        if n := check_json(folder / "eval.json", f"delete it and run evaluate.py{sft} again").get("n"):
-            check_lines(folder / "answers.jsonl", min(SHOWN, int(n)), f"delete {folder / 'eval.json'} and run evaluate.py{sft} again")
+        if n := check_json(folder / "eval.json", f"delete it and run evaluate.py{sft} again").get(
+            "n"
+        ):
+            check_lines(
+                folder / "answers.jsonl",
+                min(SHOWN, int(n)),
+                f"delete {folder / 'eval.json'} and run evaluate.py{sft} again",
+            )

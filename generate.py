@@ -21,7 +21,16 @@ import numpy as np
 from tqdm import tqdm
 
 import parallel
-from data import check_prompts, counts_line, decode, load_tokenizer, read_jsonl, read_rows, select, write_jsonl
+from data import (
+    check_prompts,
+    counts_line,
+    decode,
+    load_tokenizer,
+    read_jsonl,
+    read_rows,
+    select,
+    write_jsonl,
+)
 from files import check_json, check_lines, fail, identity, one_line, write_whole
 from recipe import check_run, iter_dir, parse, save_run, theta
 from sample import ENGINES, uniforms
@@ -29,25 +38,41 @@ from sample import ENGINES, uniforms
 
 @one_line
 def main(argv=None):
-    recipe, args = parse(argv, __doc__.split("\n")[0], ("--iter", dict(type=int, required=True, help="iteration t")))
+    recipe, args = parse(
+        argv, __doc__.split("\n")[0], ("--iter", dict(type=int, required=True, help="iteration t"))
+    )
     t, out = args.iter, iter_dir(args.run, args.iter) / "generated.jsonl"
     check_run(recipe, args.run)
     if out.exists():
         check_prompts(args.run / "prompts.json", read_jsonl(out), out)
-        shutil.rmtree(out.with_name("generated.part"), ignore_errors=True)  # a kill may have come between
+        shutil.rmtree(
+            out.with_name("generated.part"), ignore_errors=True
+        )  # a kill may have come between
         return print(f"{out} is there already: nothing to do")
     opponent = theta(recipe, args.run, t)
     tokenizer, _ = load_tokenizer(opponent, recipe)
-    pairs, counts = select(read_rows(recipe.data, recipe.split), recipe.data, tokenizer, recipe.template,
-                           recipe.num_prompts, recipe.seed, recipe.max_length, recipe.max_new_tokens)
+    pairs, counts = select(
+        read_rows(recipe.data, recipe.split),
+        recipe.data,
+        tokenizer,
+        recipe.template,
+        recipe.num_prompts,
+        recipe.seed,
+        recipe.max_length,
+        recipe.max_new_tokens,
+    )
     prompts = check_prompts(args.run / "prompts.json", pairs, recipe.data)
-    pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))  # longest first: a memory failure comes at once
-    chunks = [pairs[i:i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
+    pairs.sort(
+        key=lambda pair: (-len(pair["prompt_ids"]), pair["id"])
+    )  # longest first: a memory failure comes at once
+    chunks = [pairs[i : i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [out.with_name("generated.part") / f"{k:06}.jsonl" for k in range(len(chunks))]
     missing = {k for k in range(len(chunks)) if not is_whole(parts[k], chunks[k])}
     mark, key = {"model": identity(opponent, recipe.revision)}, out.with_suffix(".json")
     if len(missing) < len(chunks) and check_json(key) != mark:
-        fail(f"the answers in {parts[0].parent} are not known to be those of {opponent}: delete that folder and run this again")
+        fail(
+            f"the answers in {parts[0].parent} are not known to be those of {opponent}: delete that folder and run this again"
+        )
 
     with parallel.join() as world:
         model = parallel.load_frozen(opponent, recipe, world)
@@ -66,7 +91,9 @@ def main(argv=None):
                 rows = answer(model, tokenizer, chunks[k], recipe, t)
                 write_jsonl(parts[k], rows)
                 tokens += sum(len(row["generated_ids"]) for row in rows)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s a rank", refresh=False)
+            bar.set_postfix_str(
+                f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s a rank", refresh=False
+            )
             bar.update(k + 1 - bar.n)  # those before k are taken too, by any rank
         bar.close()
         parallel.barrier()
@@ -80,20 +107,40 @@ def main(argv=None):
 
 def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
     """The rows of generated.jsonl for one chunk of prompts."""
-    u = np.stack([uniforms(recipe.seed, t, pair["id"], number=recipe.max_new_tokens) for pair in chunk])
+    u = np.stack(
+        [uniforms(recipe.seed, t, pair["id"], number=recipe.max_new_tokens) for pair in chunk]
+    )
     engine = ENGINES["generate" if recipe.engine == "auto" else recipe.engine]
-    answers = engine(model, [pair["prompt_ids"] for pair in chunk], tokenizer.eos_token_id, recipe.max_new_tokens,
-                     u, recipe.temperature, recipe.top_p, recipe.slots)
-    return [{"id": pair["id"], "iter": t, **{k: pair[k] for k in ("system", "prompt", "real") if k in pair},
-             "generated": decode(tokenizer, recipe.template, ids), "generated_ids": ids, "finish": finish}
-            for pair, (ids, finish) in zip(chunk, answers)]
+    answers = engine(
+        model,
+        [pair["prompt_ids"] for pair in chunk],
+        tokenizer.eos_token_id,
+        recipe.max_new_tokens,
+        u,
+        recipe.temperature,
+        recipe.top_p,
+        recipe.slots,
+    )
+    return [
+        {
+            "id": pair["id"],
+            "iter": t,
+            **{k: pair[k] for k in ("system", "prompt", "real") if k in pair},
+            "generated": decode(tokenizer, recipe.template, ids),
+            "generated_ids": ids,
+            "finish": finish,
+        }
+        for pair, (ids, finish) in zip(chunk, answers)
+    ]
 
 
 def collapse(ends) -> str | None:
     """In words, what is wrong with an opponent whose answers all ended alike: "length", or "empty". None where it is well."""
     if ends.keys() == {"length"}:
-        return ("every answer was cut off at --max-new-tokens: the model never writes its EOS token; has it learnt to, and in "
-                "this --template? SPIN cannot teach it to stop")
+        return (
+            "every answer was cut off at --max-new-tokens: the model never writes its EOS token; has it learnt to, and in "
+            "this --template? SPIN cannot teach it to stop"
+        )
     if ends.keys() == {"empty"}:
         return "every answer is empty: the model ends at once; is this its --template, and was theta_t trained too far?"
 
@@ -116,6 +163,7 @@ def merge(parts, out) -> collections.Counter:
         def line_at(place):
             file.seek(place)
             return file.readline().decode()
+
         write_whole(out, (line_at(place) for _, place in sorted(places)))
     return ends
 

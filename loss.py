@@ -41,7 +41,9 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels):  # (N, V), (N,)
         ctx.block = max(1, 2**22 // logits.shape[-1])  # tokens: 16 MiB in fp32
-        normaliser = torch.cat([_wide(block).logsumexp(-1) for block in logits.split(ctx.block)])  # (N,)
+        normaliser = torch.cat(
+            [_wide(block).logsumexp(-1) for block in logits.split(ctx.block)]
+        )  # (N,)
         ctx.save_for_backward(logits, labels, normaliser)
         return _wide(logits.gather(-1, labels[:, None]).squeeze(-1)) - normaliser
 
@@ -49,14 +51,19 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx, gradient):  # d log p(y) / d logit_v = 1[v = y] − p(v)
         logits, labels, normaliser = ctx.saved_tensors
         result = torch.empty_like(logits)
-        blocks = (x.split(ctx.block) for x in (result, logits, labels[:, None], normaliser[:, None], gradient[:, None]))
+        blocks = (
+            x.split(ctx.block)
+            for x in (result, logits, labels[:, None], normaliser[:, None], gradient[:, None])
+        )
         for out, block, label, norm, g in zip(*blocks):
             p = (_wide(block) - norm).exp_()
             out.copy_(p.mul_(-g).scatter_add_(-1, label, g))
         return result, None
 
 
-def sequence_logps(model, input_ids: torch.Tensor, response_mask: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def sequence_logps(
+    model, input_ids: torch.Tensor, response_mask: torch.Tensor, lengths: list[int]
+) -> torch.Tensor:
     """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over the response's tokens, not a mean.
 
     input_ids, response_mask: (1, T), N sequences packed one after the other; response_mask is 1 on the tokens of y (its
@@ -66,18 +73,34 @@ def sequence_logps(model, input_ids: torch.Tensor, response_mask: torch.Tensor, 
     device, length = input_ids.device, max(lengths)
     position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])[None]  # (1, T)
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # (N + 1,)
-    response = response_mask[0].nonzero()[:, 0]  # (K,) where the tokens of all y lie; the token before predicts each
-    logits = model(input_ids=input_ids, position_ids=position_ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
-                   max_length_q=length, max_length_k=length, use_cache=False,
-                   logits_to_keep=response - 1).logits.squeeze(0)  # (K, V): none for the prompt, vocabulary × prompt is waste
+    response = response_mask[0].nonzero()[
+        :, 0
+    ]  # (K,) where the tokens of all y lie; the token before predicts each
+    logits = model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=length,
+        max_length_k=length,
+        use_cache=False,
+        logits_to_keep=response - 1,
+    ).logits.squeeze(0)  # (K, V): none for the prompt, vocabulary × prompt is waste
     logps = token_logps(logits, input_ids[0, response])  # (K,)
     counts = [int(mask.sum()) for mask in response_mask[0].split(lengths)]
-    return torch.stack([y.sum() for y in logps.split(counts)])  # not index_add: on a GPU its order, and so its sum, varies
+    return torch.stack(
+        [y.sum() for y in logps.split(counts)]
+    )  # not index_add: on a GPU its order, and so its sum, varies
 
 
-def spin_loss(policy_real: torch.Tensor, policy_generated: torch.Tensor,
-              opponent_real: torch.Tensor, opponent_generated: torch.Tensor,
-              lam: float = 0.1, ell: str = "logistic") -> torch.Tensor:
+def spin_loss(
+    policy_real: torch.Tensor,
+    policy_generated: torch.Tensor,
+    opponent_real: torch.Tensor,
+    opponent_generated: torch.Tensor,
+    lam: float = 0.1,
+    ell: str = "logistic",
+) -> torch.Tensor:
     """The SPIN objective, Eq. (4.7), pair by pair; its mean over pairs is L_SPIN(θ, θ_t).
 
     policy_real, policy_generated: (B,) log p_θ(y|x) and log p_θ(y'|x), which carry the gradient.
@@ -89,10 +112,14 @@ def spin_loss(policy_real: torch.Tensor, policy_generated: torch.Tensor,
     return ELL[ell](margin)  # Eq. (4.7): ℓ(margin)
 
 
-def spin_margin(policy_real, policy_generated, opponent_real, opponent_generated, lam: float = 0.1) -> torch.Tensor:
+def spin_margin(
+    policy_real, policy_generated, opponent_real, opponent_generated, lam: float = 0.1
+) -> torch.Tensor:
     """The argument of ℓ in Eq. (4.7), f(x, y) − f(x, y') with f = λ log p_θ/p_θt (4.6). Shapes as in spin_loss."""
     logratio_real = _wide(policy_real) - _wide(opponent_real)  # log p_θ(y|x) / p_θt(y|x)
-    logratio_generated = _wide(policy_generated) - _wide(opponent_generated)  # log p_θ(y'|x) / p_θt(y'|x)
+    logratio_generated = _wide(policy_generated) - _wide(
+        opponent_generated
+    )  # log p_θ(y'|x) / p_θt(y'|x)
     return lam * logratio_real - lam * logratio_generated
 
 

@@ -17,11 +17,14 @@ from transformers import AttentionInterface
 from files import fail
 
 
-
 def pack(sequences, device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """(ids, response mask) of N sequences -> input_ids (1, T), response_mask (1, T), and the N lengths that add up to T."""
-    row = [torch.cat([torch.as_tensor(column, dtype=torch.long) for column in columns])[None].to(device)
-           for columns in zip(*sequences)]
+    row = [
+        torch.cat([torch.as_tensor(column, dtype=torch.long) for column in columns])[None].to(
+            device
+        )
+        for columns in zip(*sequences)
+    ]
     return *row, [len(ids) for ids, _ in sequences]
 
 
@@ -42,28 +45,67 @@ def share(sizes: list[int], budget: int, parts: int = 1) -> list[list[int]]:
         number += parts
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
-                     max_length_q=None, **kwargs):
+def packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **kwargs,
+):
     """Causal attention inside each packed sequence, in transformers' interface.
 
     query (1, H, T, D); key, value (1, H_kv, T, D); cu_seq_lens_q (N + 1,): where each sequence begins, and T.
     Returns (1, T, H, D) and no weights. Ends with one line for attention that is more than softmax(q k^T) v.
     """
-    if other := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        fail(f"this model's attention has {other[0]}, which --attention auto does not know: use --attention eager")
+    if other := [
+        name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None
+    ]:
+        fail(
+            f"this model's attention has {other[0]}, which --attention auto does not know: use --attention eager"
+        )
     groups = query.shape[1] // key.shape[1]
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, *(x.repeat_interleave(groups, 1) for x in (key, value))))  # (T, H, D)
+    q, k, v = (
+        x.squeeze(0).transpose(0, 1)
+        for x in (query, *(x.repeat_interleave(groups, 1) for x in (key, value)))
+    )  # (T, H, D)
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=(window - 1 if window else -1, 0))  # to the right nothing: causal
+
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(window - 1 if window else -1, 0),
+        )  # to the right nothing: causal
         return out[None], None
     lengths = cu_seq_lens_q.diff().tolist()
-    q, k, v = (pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v))  # (N, H, L, D)
-    band = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window) if window else None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None, scale=scaling).transpose(1, 2)
-    return torch.cat([row[:n] for row, n in zip(out, lengths)])[None], None  # causal: no padding came before a real token
+    q, k, v = (
+        pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)
+    )  # (N, H, L, D)
+    band = (
+        torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+        .tril()
+        .triu(1 - window)
+        if window
+        else None
+    )
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=band, is_causal=band is None, scale=scaling
+    ).transpose(1, 2)
+    return torch.cat([row[:n] for row, n in zip(out, lengths)])[
+        None
+    ], None  # causal: no padding came before a real token
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -75,9 +117,14 @@ def packed(model, attention: str = "auto"):
 
     Ends with one line for a model whose layers pass information along the row by other ways than attention.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if not model._supports_attention_backend or model._is_stateful or kinds:
-        fail(f"{type(model).__name__} cannot keep sequences in one row apart: its layers are not all attention, or of an older make")
+        fail(
+            f"{type(model).__name__} cannot keep sequences in one row apart: its layers are not all attention, or of an older make"
+        )
     before = model.config._attn_implementation
     if attention == "auto" and before != "flash_attention_2":
         model.set_attn_implementation("packed")

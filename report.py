@@ -16,20 +16,51 @@ import harness
 from files import RESTORE, check_files, check_json, fail, one_line, write_whole
 from recipe import iter_dir, parse
 
-NAMES = {"expected_exact_match": "expected exact match", "greedy_exact_match": "greedy exact match",
-         "nll_per_token": "NLL per token (nats)", "win_rate": "win rate", "margin": "margin",
-         "eos_rate": "ends by EOS", "mean_length": "mean length (tokens)"}
+NAMES = {
+    "expected_exact_match": "expected exact match",
+    "greedy_exact_match": "greedy exact match",
+    "nll_per_token": "NLL per token (nats)",
+    "win_rate": "win rate",
+    "margin": "margin",
+    "eos_rate": "ends by EOS",
+    "mean_length": "mean length (tokens)",
+}
 BLUE, ORANGE = "#1f5fa8", "#c2571a"
-LABELS = {"spin": ("SPIN", BLUE, ""), "sft": ("continued SFT, same steps", ORANGE, "6 4")}  # name, colour, dash
+LABELS = {
+    "spin": ("SPIN", BLUE, ""),
+    "sft": ("continued SFT, same steps", ORANGE, "6 4"),
+}  # name, colour, dash
 # of metrics.jsonl: a picture's title, what it shows, and its lines: (key, label, colour, dash)
-CURVES = (("Loss", "ℓ of the margin, Eq. (4.7); it starts at ℓ(0)", [("loss", "loss", BLUE, "")]),
-          ("Margin", "λ·nats, the human answer's lead over the opponent's", [("margin", "margin", BLUE, "")]),
-          ("Log-ratios", "nats, policy against opponent; the real one should not fall",
-           [("logratio_real", "real", BLUE, ""), ("logratio_generated", "generated", ORANGE, "6 4")]),
-          ("Lengths", "tokens in the answers", [("length_real", "real", BLUE, ""), ("length_generated", "generated", ORANGE, "6 4")]),
-          ("Gradient norm", "before clipping", [("grad_norm", "norm", BLUE, "")]),
-          ("Speed", "tokens passed through the model in a second", [("tokens_per_s", "tokens/s", BLUE, "")]))
-LOSS_AT_0 = {"logistic": math.log(2), "hinge": 1.0, "correlation": 1.0, "exponential": 1.0}  # ℓ(0): nothing told apart
+CURVES = (
+    ("Loss", "ℓ of the margin, Eq. (4.7); it starts at ℓ(0)", [("loss", "loss", BLUE, "")]),
+    (
+        "Margin",
+        "λ·nats, the human answer's lead over the opponent's",
+        [("margin", "margin", BLUE, "")],
+    ),
+    (
+        "Log-ratios",
+        "nats, policy against opponent; the real one should not fall",
+        [("logratio_real", "real", BLUE, ""), ("logratio_generated", "generated", ORANGE, "6 4")],
+    ),
+    (
+        "Lengths",
+        "tokens in the answers",
+        [("length_real", "real", BLUE, ""), ("length_generated", "generated", ORANGE, "6 4")],
+    ),
+    ("Gradient norm", "before clipping", [("grad_norm", "norm", BLUE, "")]),
+    (
+        "Speed",
+        "tokens passed through the model in a second",
+        [("tokens_per_s", "tokens/s", BLUE, "")],
+    ),
+)
+LOSS_AT_0 = {
+    "logistic": math.log(2),
+    "hinge": 1.0,
+    "correlation": 1.0,
+    "exponential": 1.0,
+}  # ℓ(0): nothing told apart
 STYLE = """:root{color-scheme:light}body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;
 background:#fff}table{border-collapse:collapse;font-size:.85rem;width:100%}th,td{padding:.25rem .5rem;text-align:right;
 white-space:nowrap;border-bottom:1px solid #ddd}th{white-space:normal;vertical-align:bottom}th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}
@@ -47,14 +78,19 @@ def main(argv=None):
     _, args = parse(argv, __doc__.split("\n")[0])
     check_files(args.run)
     summary = {"recipe": check_json(args.run / "recipe.json", RESTORE), **collect(args.run)}
-    summary["benchmarks"] = {name: found["tasks"] for name, found in benchmarks(args.run, summary).items()}
+    summary["benchmarks"] = {
+        name: found["tasks"] for name, found in benchmarks(args.run, summary).items()
+    }
     if not summary["spin"]:
         fail(f"{args.run} holds no eval.json: run evaluate.py first")
     write_whole(args.run / "summary.json", json.dumps(summary, indent=1) + "\n")
     steps = metrics(args.run, len(summary["spin"]) - 1)
     for problem in (problems := warnings(summary, steps)):
         print(f"note: {problem}")
-    write_whole(args.run / "report.html", page(summary, args.run.name, steps, answers(args.run, summary), problems))
+    write_whole(
+        args.run / "report.html",
+        page(summary, args.run.name, steps, answers(args.run, summary), problems),
+    )
     print(f"{args.run / 'report.html'}")
     print("\n".join(text_table(summary)))
 
@@ -89,7 +125,9 @@ def lines_of(path: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except ValueError as problem:
-        fail(f"{path} is damaged ({problem}): restore or delete it, this page is all that is made from it")
+        fail(
+            f"{path} is damaged ({problem}): restore or delete it, this page is all that is made from it"
+        )
 
 
 def metrics(run: Path, iterations: int) -> list[list[dict]]:
@@ -99,8 +137,10 @@ def metrics(run: Path, iterations: int) -> list[list[dict]]:
 
 def answers(run: Path, summary: dict) -> list[tuple[dict, list]]:
     """(prompt and human answer, [answer of θ_0, of θ_1, …]) of the held-out prompts in answers.jsonl; None where one is missing."""
-    models = [{row["id"]: row for row in lines_of((iter_dir(run, t - 1) if t else run) / "answers.jsonl")}
-              for t in range(len(summary["spin"]))]
+    models = [
+        {row["id"]: row for row in lines_of((iter_dir(run, t - 1) if t else run) / "answers.jsonl")}
+        for t in range(len(summary["spin"]))
+    ]
     return [(row, [model.get(key) for model in models]) for key, row in models[0].items()]
 
 
@@ -109,21 +149,35 @@ def warnings(summary: dict, steps: list[list[dict]]) -> list[str]:
     found, start = [], LOSS_AT_0[summary["recipe"].get("ell", "logistic")]
     for t, rows in enumerate(steps):
         if rows:
-            late = rows[-max(1, len(rows) // 10):]
-            end = {key: sum(row[key] for row in late) / len(late) for key in ("loss", "logratio_real", "length_real")}
+            late = rows[-max(1, len(rows) // 10) :]
+            end = {
+                key: sum(row[key] for row in late) / len(late)
+                for key in ("loss", "logratio_real", "length_real")
+            }
             if end["loss"] > 0.97 * start:
-                found.append(f"Iteration {t}: the loss ended at {end['loss']:.3f} and began at {start:.3f}, where real and generated answers "
-                             "are not told apart. The learning rate or the number of steps may be too small, or too large; or nothing is left to learn.")
+                found.append(
+                    f"Iteration {t}: the loss ended at {end['loss']:.3f} and began at {start:.3f}, where real and generated answers "
+                    "are not told apart. The learning rate or the number of steps may be too small, or too large; or nothing is left to learn."
+                )
             if end["logratio_real"] < 0:
-                found.append(f"Iteration {t}: the human answers became less likely, by {-end['logratio_real']:.2f} nats on average: the policy wins "
-                             "by making the generated ones less likely still. A lower learning rate, a larger λ or fewer epochs help.")
-            away = [abs(math.log(max(f["mean_length"], 0.1) / end["length_real"])) for f in (summary["spin"][0], summary["spin"][t + 1])]
+                found.append(
+                    f"Iteration {t}: the human answers became less likely, by {-end['logratio_real']:.2f} nats on average: the policy wins "
+                    "by making the generated ones less likely still. A lower learning rate, a larger λ or fewer epochs help."
+                )
+            away = [
+                abs(math.log(max(f["mean_length"], 0.1) / end["length_real"]))
+                for f in (summary["spin"][0], summary["spin"][t + 1])
+            ]
             if away[1] > away[0] + math.log(1.25):
-                found.append(f"θ_{t + 1}: its answers have {summary['spin'][t + 1]['mean_length']:.1f} tokens on average, the human ones "
-                             f"{end['length_real']:.1f}: the lengths drift away from them (θ_0: {summary['spin'][0]['mean_length']:.1f}).")
+                found.append(
+                    f"θ_{t + 1}: its answers have {summary['spin'][t + 1]['mean_length']:.1f} tokens on average, the human ones "
+                    f"{end['length_real']:.1f}: the lengths drift away from them (θ_0: {summary['spin'][0]['mean_length']:.1f})."
+                )
     for t, f in enumerate(summary["spin"]):
         if f["eos_rate"] < 0.9:
-            found.append(f"θ_{t}: {1 - f['eos_rate']:.0%} of its answers were cut off at --max-new-tokens; they have no end to learn from.")
+            found.append(
+                f"θ_{t}: {1 - f['eos_rate']:.0%} of its answers were cut off at --max-new-tokens; they have no end to learn from."
+            )
     return found
 
 
@@ -131,7 +185,9 @@ def text_table(summary):
     """Expected exact match, iteration by iteration, for the terminal."""
     for objective, (label, *_) in LABELS.items():
         if summary[objective]:
-            yield f"{label:28}" + "  ".join(f"θ_{t} {f['expected_exact_match']:.3f}" for t, f in enumerate(summary[objective]))
+            yield f"{label:28}" + "  ".join(
+                f"θ_{t} {f['expected_exact_match']:.3f}" for t, f in enumerate(summary[objective])
+            )
 
 
 def chart(lines, name: str, log: bool = False, ticks: dict | None = None, dots: bool = True) -> str:
@@ -150,26 +206,42 @@ def chart(lines, name: str, log: bool = False, ticks: dict | None = None, dots: 
     ticks = ticks or {t: f"θ{chr(0x2080 + t) if t < 10 else t}" for t in range(last + 1)}
     x = lambda t: 60 + 560 * t / max(1, last)  # noqa: E731
     y = lambda v: 260 - 210 * (scale(v) - low) / (high - low)  # noqa: E731
-    out = [f'<svg viewBox="0 0 660 300" role="img" aria-label="{html.escape(name)}" font-size="13" '
-           'font-family="system-ui,sans-serif" xmlns="http://www.w3.org/2000/svg"><rect width="660" height="300" fill="#fff"/>']
+    out = [
+        f'<svg viewBox="0 0 660 300" role="img" aria-label="{html.escape(name)}" font-size="13" '
+        'font-family="system-ui,sans-serif" xmlns="http://www.w3.org/2000/svg"><rect width="660" height="300" fill="#fff"/>'
+    ]
     for i in range(round((high - low) / step) + 1):
         v, at = low + i * step, 260 - 210 * i * step / (high - low)
-        text = f'10<tspan dy="-5" font-size="10">{v:g}</tspan>' if log else f"{v:.{max(0, -math.floor(math.log10(step)))}f}"
-        out.append(f'<line x1="60" x2="620" y1="{at:.1f}" y2="{at:.1f}" stroke="#e4e4e4"/>'
-                   f'<text x="52" y="{at + 4:.1f}" text-anchor="end" fill="#555">{text}</text>')
+        text = (
+            f'10<tspan dy="-5" font-size="10">{v:g}</tspan>'
+            if log
+            else f"{v:.{max(0, -math.floor(math.log10(step)))}f}"
+        )
+        out.append(
+            f'<line x1="60" x2="620" y1="{at:.1f}" y2="{at:.1f}" stroke="#e4e4e4"/>'
+            f'<text x="52" y="{at + 4:.1f}" text-anchor="end" fill="#555">{text}</text>'
+        )
     for t, text in ticks.items():
-        out.append(f'<text x="{x(t):.1f}" y="282" text-anchor="middle" fill="#555">{html.escape(text)}</text>')
+        out.append(
+            f'<text x="{x(t):.1f}" y="282" text-anchor="middle" fill="#555">{html.escape(text)}</text>'
+        )
         if not dots:
             out.append(f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="50" y2="260" stroke="#e4e4e4"/>')
     legend = 64
     for label, colour, dash, line in lines:
         path = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v, _ in line)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')
+        out.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        )
         for t, v, e in line if dots else ():
-            out.append(f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{y(v - e):.1f}" y2="{y(v + e):.1f}" stroke="{colour}"/>'
-                       f'<circle cx="{x(t):.1f}" cy="{y(v):.1f}" r="3.5" fill="{colour}"/>')
-        out.append(f'<line x1="{legend}" x2="{legend + 24}" y1="18" y2="18" stroke="{colour}" stroke-width="2" '
-                   f'stroke-dasharray="{dash}"/><text x="{legend + 30}" y="22" fill="{colour}">{html.escape(label)}</text>')
+            out.append(
+                f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{y(v - e):.1f}" y2="{y(v + e):.1f}" stroke="{colour}"/>'
+                f'<circle cx="{x(t):.1f}" cy="{y(v):.1f}" r="3.5" fill="{colour}"/>'
+            )
+        out.append(
+            f'<line x1="{legend}" x2="{legend + 24}" y1="18" y2="18" stroke="{colour}" stroke-width="2" '
+            f'stroke-dasharray="{dash}"/><text x="{legend + 30}" y="22" fill="{colour}">{html.escape(label)}</text>'
+        )
         legend += 52 + 7 * len(label)
     return "\n".join(out) + "</svg>"
 
@@ -177,7 +249,11 @@ def chart(lines, name: str, log: bool = False, ticks: dict | None = None, dots: 
 def figure_lines(summary: dict, key: str):
     """A figure of eval.json as the lines of a chart, one for each objective that has it."""
     for o, style in LABELS.items():
-        line = [(t, f[key], f.get(key + "_stderr") or 0) for t, f in enumerate(summary[o]) if f[key] is not None]
+        line = [
+            (t, f[key], f.get(key + "_stderr") or 0)
+            for t, f in enumerate(summary[o])
+            if f[key] is not None
+        ]
         if line:
             yield *style, line
 
@@ -198,11 +274,18 @@ def curves(steps: list[list[dict]]) -> str:
     for title, what, keys in CURVES:
         lines = []
         for key, *style in keys:
-            bins = [(i + size / 2 - 0.5, [r[key] for r in rows[i:i + size] if r.get(key) is not None]) for i in range(0, len(rows), size)]
-            lines.append((*style, [(at, sum(values) / len(values), 0) for at, values in bins if values]))
+            bins = [
+                (i + size / 2 - 0.5, [r[key] for r in rows[i : i + size] if r.get(key) is not None])
+                for i in range(0, len(rows), size)
+            ]
+            lines.append(
+                (*style, [(at, sum(values) / len(values), 0) for at, values in bins if values])
+            )
         if any(line for *_, line in lines):
             picture = chart([one for one in lines if one[-1]], title, ticks=begins, dots=False)
-            pictures.append(f"<figure>{picture}<figcaption><b>{title}</b>: {what}</figcaption></figure>")
+            pictures.append(
+                f"<figure>{picture}<figcaption><b>{title}</b>: {what}</figcaption></figure>"
+            )
     return f'<div class="pictures">{"".join(pictures)}</div>'
 
 
@@ -212,11 +295,28 @@ def benchmark_tables(results: dict) -> str:
     for name in harness.TABLES:
         if beside := harness.beside_the_paper(name, results):
             columns, rows = beside
-            head = "".join(f"<th>{html.escape(c)}<br><small>{shots} {m}</small></th>" for c, shots, m in columns)
-            show = lambda c: "–" if c is None else f"{c[0]:.2f}" + (f"&nbsp;<small>± {c[1]:.2f}</small>" if c[1] is not None else "")  # noqa: E731
-            body = "".join(f"<tr><td>{html.escape(model)}</td>{''.join(f'<td>{show(c)}</td>' for c in cells)}</tr>" for model, cells in rows)
-            parts.append(f'<div class="wide"><table><tr><th>few-shot examples, metric</th>{head}</tr>{body}</table></div>')
-    return f"<h2>Benchmarks</h2>{''.join(parts)}<p><small>{harness.DIFFERS}</small></p>" if parts else ""
+            head = "".join(
+                f"<th>{html.escape(c)}<br><small>{shots} {m}</small></th>"
+                for c, shots, m in columns
+            )
+            show = lambda c: (
+                "–"
+                if c is None
+                else f"{c[0]:.2f}"
+                + (f"&nbsp;<small>± {c[1]:.2f}</small>" if c[1] is not None else "")
+            )  # noqa: E731
+            body = "".join(
+                f"<tr><td>{html.escape(model)}</td>{''.join(f'<td>{show(c)}</td>' for c in cells)}</tr>"
+                for model, cells in rows
+            )
+            parts.append(
+                f'<div class="wide"><table><tr><th>few-shot examples, metric</th>{head}</tr>{body}</table></div>'
+            )
+    return (
+        f"<h2>Benchmarks</h2>{''.join(parts)}<p><small>{harness.DIFFERS}</small></p>"
+        if parts
+        else ""
+    )
 
 
 def side_by_side(shown: list[tuple[dict, list]]) -> str:
@@ -224,9 +324,17 @@ def side_by_side(shown: list[tuple[dict, list]]) -> str:
     card = lambda who, text, kind="": f'<div class="{kind}"><b>{who}</b>{html.escape(text)}</div>'  # noqa: E731
     parts = []
     for row, said in shown:
-        cards = [card(f"θ<sub>{t}</sub>", a["answer"] + (" … (cut off)" if a["finish"] == "length" else ""))
-                 for t, a in enumerate(said) if a]
-        parts.append(f'<div class="ask">{html.escape(row["prompt"])}</div><div class="answers">{card("human", row["real"], "human")}{"".join(cards)}</div>')
+        cards = [
+            card(
+                f"θ<sub>{t}</sub>",
+                a["answer"] + (" … (cut off)" if a["finish"] == "length" else ""),
+            )
+            for t, a in enumerate(said)
+            if a
+        ]
+        parts.append(
+            f'<div class="ask">{html.escape(row["prompt"])}</div><div class="answers">{card("human", row["real"], "human")}{"".join(cards)}</div>'
+        )
     return "".join(parts) or "<p>No answers.jsonl is there.</p>"
 
 
@@ -237,30 +345,51 @@ def table(summary: dict) -> str:
         for t, f in enumerate(summary[objective]):
             cells = "".join(f"<td>{cell(f[k], f.get(k + '_stderr'))}</td>" for k in NAMES)
             if t or objective == "spin":
-                rows.append(f"<tr><td>θ<sub>{t}</sub> {html.escape(label if t else 'SFT model')}</td>{cells}</tr>")
+                rows.append(
+                    f"<tr><td>θ<sub>{t}</sub> {html.escape(label if t else 'SFT model')}</td>{cells}</tr>"
+                )
     return f'<div class="wide"><table><tr><th>model</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def cell(value, error) -> str:
-    return "–" if value is None else f"{value:.3f}" + (f"&nbsp;<small>± {error:.3f}</small>" if error is not None else "")
+    return (
+        "–"
+        if value is None
+        else f"{value:.3f}" + (f"&nbsp;<small>± {error:.3f}</small>" if error is not None else "")
+    )
 
 
 def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
     start, end = summary["spin"][0], summary["spin"][-1]
     key = "expected_exact_match"
-    knobs = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in summary["recipe"].items())
+    knobs = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
+        for k, v in summary["recipe"].items()
+    )
     notes = "".join(f"<li>{html.escape(p)}</li>" for p in problems)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>SPIN: {html.escape(name)}</title><link rel="icon" href="data:,"><style>{STYLE}</style>
 <h1>Self-play fine-tuning: {html.escape(name)}</h1>
-<p>{len(summary["spin"]) - 1} iterations on {start["n"]} held-out prompts: the expected exact match went from
-{start[key]:.3f} (θ<sub>0</sub>) to {end[key]:.3f} (θ<sub>{len(summary["spin"]) - 1}</sub>). It is the probability that a sample
+<p>{len(summary["spin"]) - 1} iterations on {
+        start["n"]
+    } held-out prompts: the expected exact match went from
+{start[key]:.3f} (θ<sub>0</sub>) to {end[key]:.3f} (θ<sub>{
+        len(summary["spin"]) - 1
+    }</sub>). It is the probability that a sample
 at temperature 1 is the human answer, computed from the model's own log-probabilities, averaged over the prompts.
 Bars are ± one standard error over prompts.</p>
-{f'<div class="warn"><b>Look at this</b><ul>{notes}</ul></div>' if notes else "<p>None of the known signs of trouble is seen: human answers "
- "becoming less likely, lengths drifting, a loss that stays where it began, answers cut off.</p>"}
-<div class="pictures"><figure>{chart(list(figure_lines(summary, key)), NAMES[key])}<figcaption><b>Expected exact match</b></figcaption></figure>
-<figure>{chart(list(figure_lines(summary, "nll_per_token")), NAMES["nll_per_token"])}<figcaption><b>Negative log-likelihood</b> per token of
+{
+        f'<div class="warn"><b>Look at this</b><ul>{notes}</ul></div>'
+        if notes
+        else "<p>None of the known signs of trouble is seen: human answers "
+        "becoming less likely, lengths drifting, a loss that stays where it began, answers cut off.</p>"
+    }
+<div class="pictures"><figure>{
+        chart(list(figure_lines(summary, key)), NAMES[key])
+    }<figcaption><b>Expected exact match</b></figcaption></figure>
+<figure>{
+        chart(list(figure_lines(summary, "nll_per_token")), NAMES["nll_per_token"])
+    }<figcaption><b>Negative log-likelihood</b> per token of
 the human answers, in nats</figcaption></figure></div>
 <h2>All figures</h2><p>Win rate and margin: against the opponent of that iteration, λ of that iteration, Eq. (4.7).</p>
 {table(summary)}

@@ -36,10 +36,22 @@ def main():
                     generate.main(this)
                 train.main(this)
                 evaluate.main(this)
-                figures.append(json.loads((run / ("sft" if objective == "sft" else "") / f"iter{t}" / "eval.json").read_text()))
+                figures.append(
+                    json.loads(
+                        (
+                            run / ("sft" if objective == "sft" else "") / f"iter{t}" / "eval.json"
+                        ).read_text()
+                    )
+                )
             values = " | ".join(f"{f['expected_exact_match']:.3f}" for f in figures)
-            table.append(f"| {objective} | {seed} | {values} | {time.perf_counter() - begun:.0f} s |")
-    print("| objective | seed | θ_0 | θ_1 | θ_2 | θ_3 | θ_4 | time |\n|---|---|---|---|---|---|---|---|", *table, sep="\n")
+            table.append(
+                f"| {objective} | {seed} | {values} | {time.perf_counter() - begun:.0f} s |"
+            )
+    print(
+        "| objective | seed | θ_0 | θ_1 | θ_2 | θ_3 | θ_4 | time |\n|---|---|---|---|---|---|---|---|",
+        *table,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

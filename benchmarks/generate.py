@@ -24,35 +24,75 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LogitsProcessorList, logging
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LogitsProcessorList,
+    logging,
+)
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import sample  # noqa: E402
 
-SHAPES = {"demo": dict(vocab_size=88, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4),
-          "30m": dict(vocab_size=49152, hidden_size=384, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=6,
-                      num_key_value_heads=2, tie_word_embeddings=True),
-          "7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                     num_key_value_heads=8)}
+SHAPES = {
+    "demo": dict(
+        vocab_size=88,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    ),
+    "30m": dict(
+        vocab_size=49152,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=7,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "7b": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+}
 EOS, LONGEST = 2, 256
 
 
 def authors(model, prompts, lengths, slots):
     """-> (answers' lengths, decode steps, slots)"""
-    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=LONGEST, eos_token_id=EOS, pad_token_id=EOS)
+    config = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=LONGEST, eos_token_id=EOS, pad_token_id=EOS
+    )
     answers, steps = [], 0
     for i in range(0, len(prompts), 16):
-        batch, last = prompts[i:i + 16], torch.tensor(lengths[i:i + 16], device=model.device) - 1
+        batch, last = (
+            prompts[i : i + 16],
+            torch.tensor(lengths[i : i + 16], device=model.device) - 1,
+        )
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device
+        )
 
         def end(ids, scores):
             scores[:, EOS] = torch.where(last == ids.shape[1] - width, 1e9, -torch.inf)
             return scores
-        out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([end]))
+
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([end]),
+        )
         answers += [len(sample.until(EOS, row)[0]) for row in out[:, width:].tolist()]
         steps += out.shape[1] - width
     return answers, steps, 16
@@ -66,7 +106,10 @@ def generate(model, prompts, lengths, slots):
     def forced(logits, u, *rest):
         steps.append(1)
         logits[:, EOS] = torch.where(u == 2, 1e9, -torch.inf)
-        return choose(logits, u.clamp(max=0.5), *rest)  # where it ends, any u gives the EOS; elsewhere the token does not matter
+        return choose(
+            logits, u.clamp(max=0.5), *rest
+        )  # where it ends, any u gives the EOS; elsewhere the token does not matter
+
     sample.choose = forced
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = sample.sample(model, [prompts[i] for i in order], EOS, LONGEST, u[order], slots=slots)
@@ -76,10 +119,16 @@ def generate(model, prompts, lengths, slots):
 
 def paged(model, prompts, lengths, slots):
     """generate_batch; its steps are not told."""
-    limit, add = {tuple(p): n for p, n in zip(prompts, lengths)}, ContinuousBatchingManager.add_request
+    limit, add = (
+        {tuple(p): n for p, n in zip(prompts, lengths)},
+        ContinuousBatchingManager.add_request,
+    )
     ContinuousBatchingManager.add_request = lambda self, input_ids, **rest: add(
-        self, input_ids, **{**rest, "max_new_tokens": limit[tuple(input_ids)]})
-    answers = sample.paged(model, prompts, -1, LONGEST, np.random.default_rng(0).random((1, 1)), slots=slots)
+        self, input_ids, **{**rest, "max_new_tokens": limit[tuple(input_ids)]}
+    )
+    answers = sample.paged(
+        model, prompts, -1, LONGEST, np.random.default_rng(0).random((1, 1)), slots=slots
+    )
     ContinuousBatchingManager.add_request = add
     return [len(ids) for ids, _ in answers], None, slots
 
@@ -113,10 +162,19 @@ def side_by_side(args):
     logging.set_verbosity_error()
     torch.manual_seed(0)
     with torch.device("cuda" if cuda else "cpu"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[args.shape]), dtype=torch.bfloat16 if cuda else torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**SHAPES[args.shape]), dtype=torch.bfloat16 if cuda else torch.float32
+        ).eval()
     chance = np.random.default_rng(1)
-    draw = lambda median, most: np.clip(np.rint(chance.lognormal(np.log(median), 0.8, args.prompts)), 1, most).astype(int).tolist()  # noqa: E731
-    lengths, prompts = draw(args.median, LONGEST), [chance.integers(3, 80, n).tolist() for n in draw(64, 512)]
+    draw = lambda median, most: (
+        np.clip(np.rint(chance.lognormal(np.log(median), 0.8, args.prompts)), 1, most)
+        .astype(int)
+        .tolist()
+    )  # noqa: E731
+    lengths, prompts = (
+        draw(args.median, LONGEST),
+        [chance.integers(3, 80, n).tolist() for n in draw(64, 512)],
+    )
     least = least_seconds(model, prompts, lengths, args.slots) if cuda else None
     names = args.engines or ["authors", "generate"] + ["paged"] * cuda
     seconds, idle = {name: [] for name in names}, {}
@@ -127,16 +185,22 @@ def side_by_side(args):
             seconds[name].append(time.perf_counter() - begun)
             assert answers == lengths
             idle[name] = f"{1 - sum(lengths) / (slots * steps):.0%}" if steps else "–"
-    print(f"{args.shape}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {model.dtype}, {args.prompts} prompts of "
-          f"{np.mean([*map(len, prompts)]):.0f} tokens on average, {sum(lengths)} answer tokens ({np.mean(lengths):.0f} on average, "
-          f"{np.mean(np.array(lengths) == LONGEST):.0%} at the limit)")
-    print("| way | slots | tokens/s | slowest, fastest run | to the authors' | idle | of the bandwidth limit |\n|---|---|---|---|---|---|---|")
+    print(
+        f"{args.shape}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {model.dtype}, {args.prompts} prompts of "
+        f"{np.mean([*map(len, prompts)]):.0f} tokens on average, {sum(lengths)} answer tokens ({np.mean(lengths):.0f} on average, "
+        f"{np.mean(np.array(lengths) == LONGEST):.0%} at the limit)"
+    )
+    print(
+        "| way | slots | tokens/s | slowest, fastest run | to the authors' | idle | of the bandwidth limit |\n|---|---|---|---|---|---|---|"
+    )
     rate = {name: sum(lengths) / statistics.median(times) for name, times in seconds.items()}
     for name in names:
         spread = ", ".join(f"{sum(lengths) / f(seconds[name]):,.0f}" for f in (max, min))
         reached = f"{least * rate[name] / sum(lengths):.0%}" if cuda else "not run"
-        print(f"| {name} | {16 if name == 'authors' else args.slots} | {rate[name]:,.0f} | {spread} | {rate[name] / rate[names[0]]:.2f} | "
-              f"{idle[name]} | {reached} |")
+        print(
+            f"| {name} | {16 if name == 'authors' else args.slots} | {rate[name]:,.0f} | {spread} | {rate[name] / rate[names[0]]:.2f} | "
+            f"{idle[name]} | {reached} |"
+        )
 
 
 def memory(args):
@@ -145,13 +209,39 @@ def memory(args):
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder) / "data.jsonl", Path(folder) / "run"
         words = ["".join(chance.choice([*"abdeiklnoprstu"], 6)) for _ in range(args.memory)]
-        data.write_text("".join(json.dumps({"prompt": f"Spell {word} {i}", "response": word}) + "\n" for i, word in enumerate(words)))
-        process = subprocess.Popen([sys.executable, "generate.py", "--recipe", "demo", "--iter", "0", "--data", str(data),
-                                    "--run", str(run), "--num-prompts", str(args.memory)], cwd=REPO)
+        data.write_text(
+            "".join(
+                json.dumps({"prompt": f"Spell {word} {i}", "response": word}) + "\n"
+                for i, word in enumerate(words)
+            )
+        )
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "generate.py",
+                "--recipe",
+                "demo",
+                "--iter",
+                "0",
+                "--data",
+                str(data),
+                "--run",
+                str(run),
+                "--num-prompts",
+                str(args.memory),
+            ],
+            cwd=REPO,
+        )
         rows, begun = [], time.perf_counter()
         while process.poll() is None:
             pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1] or 0)
-            rows.append((time.perf_counter() - begun, len([*run.glob("iter0/generated.part/*.jsonl")]), pages * 4096 / 2**20))
+            rows.append(
+                (
+                    time.perf_counter() - begun,
+                    len([*run.glob("iter0/generated.part/*.jsonl")]),
+                    pages * 4096 / 2**20,
+                )
+            )
             time.sleep(0.2)
         assert process.returncode == 0
         with open(run / "iter0" / "generated.jsonl") as file:
@@ -160,7 +250,9 @@ def memory(args):
     sampling = [row for row in rows if row[1]]
     for row in sampling[:: max(1, len(sampling) // 10)] + rows[-1:]:
         print(f"| {row[0]:.0f} | {row[1]} | {row[2]:.0f} |")
-    print(f"largest: {max(row[2] for row in rows):.0f} MiB; before the first chunk {max(row[2] for row in rows if not row[1]):.0f} MiB")
+    print(
+        f"largest: {max(row[2] for row in rows):.0f} MiB; before the first chunk {max(row[2] for row in rows if not row[1]):.0f} MiB"
+    )
 
 
 def main():

@@ -23,10 +23,30 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def start(run: Path, ranks: int, flags):
-    launch = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
-    return subprocess.Popen([sys.executable, *launch, "generate.py", "--recipe", "demo", "--iter", "0", "--run", str(run), *flags],
-                            cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launch = (
+        []
+        if ranks == 1
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
+    )
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *launch,
+            "generate.py",
+            "--recipe",
+            "demo",
+            "--iter",
+            "0",
+            "--run",
+            str(run),
+            *flags,
+        ],
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def family(pid: int) -> list[int]:
@@ -75,12 +95,17 @@ def main():
                 os.kill(pid, signal.SIGKILL)
             process.wait()
             when = f"{pause:.2f} s after its {'start' if early else 'first chunk'}"
-            print(f"| {kill + 1} | {ranks} | {when} | {before} + {parts(hunted) - before} |", flush=True)
+            print(
+                f"| {kill + 1} | {ranks} | {when} | {before} + {parts(hunted) - before} |",
+                flush=True,
+            )
         assert start(hunted, 1 + args.kills % 2, flags).wait() == 0
         one, other = ((run / "iter0" / "generated.jsonl").read_bytes() for run in (calm, hunted))
         ids = [json.loads(line)["id"] for line in other.splitlines()]
-        print(f"{args.kills} kills; {len(ids)} rows, {len(set(ids))} different prompts of {args.prompts}; "
-              f"{'the same bytes' if one == other else 'OTHER BYTES'} as in the calm run")
+        print(
+            f"{args.kills} kills; {len(ids)} rows, {len(set(ids))} different prompts of {args.prompts}; "
+            f"{'the same bytes' if one == other else 'OTHER BYTES'} as in the calm run"
+        )
         return 0 if one == other and len(set(ids)) == len(ids) == args.prompts else 1
 
 

@@ -19,7 +19,9 @@ from packing import packed  # noqa: E402
 
 
 def main():
-    recipe, args = recipes.parse(["--dtype", "bf16", *sys.argv[1:]], "", ("--pairs", dict(default=[])))
+    recipe, args = recipes.parse(
+        ["--dtype", "bf16", *sys.argv[1:]], "", ("--pairs", dict(default=[]))
+    )
     args.iter = 0
     start = recipes.theta(recipe, args.run, 0)
     pairs = train.load_pairs(recipe, args, *load_tokenizer(start, recipe))
@@ -28,12 +30,20 @@ def main():
         score = lambda epoch: train.score_opponent(model, pairs, recipe, 0, world, epoch)  # noqa: E731
         with packed(model, recipe.attention):
             scores = [score(0), score(0), score(1)]
-        print(f"{start}, {len(pairs)} pairs, {recipe.dtype}, {world.device.type}, micro-batches of {recipe.micro_tokens} tokens")
-        print("| the policy scores in | std of the margin, λ = 0.1 | λ = 5 | largest log-ratio |\n|---|---|---|---|")
-        for again, name in zip(scores[1:], ("the opponent's micro-batches", "other micro-batches (control)")):
+        print(
+            f"{start}, {len(pairs)} pairs, {recipe.dtype}, {world.device.type}, micro-batches of {recipe.micro_tokens} tokens"
+        )
+        print(
+            "| the policy scores in | std of the margin, λ = 0.1 | λ = 5 | largest log-ratio |\n|---|---|---|---|"
+        )
+        for again, name in zip(
+            scores[1:], ("the opponent's micro-batches", "other micro-batches (control)")
+        ):
             ratio = again - scores[0]
             margin = ratio[:, 0] - ratio[:, 1]
-            print(f"| {name} | {0.1 * margin.std():.2g} | {5 * margin.std():.2g} | {ratio.abs().max():.2g} |")
+            print(
+                f"| {name} | {0.1 * margin.std():.2g} | {5 * margin.std():.2g} | {ratio.abs().max():.2g} |"
+            )
 
 
 if __name__ == "__main__":

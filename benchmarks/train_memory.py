@@ -38,6 +38,7 @@ def resident() -> float:
 def make_model(shape: str, folder: Path):
     """Random weights of a shape, with the demo's tokenizer beside them."""
     from transformers import AutoTokenizer, LlamaForCausalLM
+
     LlamaForCausalLM(SHAPES[shape]()).save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
 
@@ -46,20 +47,50 @@ def make_pairs(path: Path, n: int, prompt: int, answer: int):
     """n pairs of random letters; the demo's tokenizer makes a letter a token."""
     rng = random.Random(0)
     text = lambda k: "".join(rng.choice("abdefiklmnoprstu") for _ in range(k))  # noqa: E731
-    write_jsonl(path, ({"prompt": text(prompt), "real": text(answer), "generated": text(answer)} for _ in range(n)))
+    write_jsonl(
+        path,
+        (
+            {"prompt": text(prompt), "real": text(answer), "generated": text(answer)}
+            for _ in range(n)
+        ),
+    )
 
 
 def child(*command) -> float:
     """Run this file again as a child; the MiB that it prints last, the largest of its ranks."""
-    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return max(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("MiB "))
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    return max(
+        float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("MiB ")
+    )
 
 
 def trained(model, pairs, *flags) -> float:
     with tempfile.TemporaryDirectory() as run:
-        return child(__file__, "--train", "--recipe", "demo", "--iter", 0, "--epochs", 1, "--run", run, "--model", model, "--pairs",
-                     pairs, "--max-length", 2048, *flags)
+        return child(
+            __file__,
+            "--train",
+            "--recipe",
+            "demo",
+            "--iter",
+            0,
+            "--epochs",
+            1,
+            "--run",
+            run,
+            "--model",
+            model,
+            "--pairs",
+            pairs,
+            "--max-length",
+            2048,
+            *flags,
+        )
 
 
 def main():
@@ -72,7 +103,9 @@ def main():
         with parallel.join() as world:
             before = resident()
             parallel.load_sharded(sys.argv[2], Recipe(), world)
-            return sys.stdout.write(f"MiB {resident() - before:.0f}\n")  # whole, beside the other ranks' lines
+            return sys.stdout.write(
+                f"MiB {resident() - before:.0f}\n"
+            )  # whole, beside the other ranks' lines
     if sys.argv[1:] == ["formula"]:
         return print_formula()
     asked = sys.argv[1:] or ["pairs", "prompts", "sizes", "ranks"]
@@ -82,13 +115,23 @@ def main():
             print("| pairs | largest resident MiB |\n|---|---|")
             for n in (1_000, 10_000):
                 make_pairs(folder / "pairs.jsonl", n, 12, 10)
-                print(f"| {n:,} | {trained(DEMO, folder / 'pairs.jsonl', '--max-length', 64):,.0f} |", flush=True)
+                print(
+                    f"| {n:,} | {trained(DEMO, folder / 'pairs.jsonl', '--max-length', 64):,.0f} |",
+                    flush=True,
+                )
         if "prompts" in asked:
             make_model("30m", folder / "30m")
             print("| tokens a prompt | largest resident MiB |\n|---|---|")
             for n in (100, 400):
                 make_pairs(folder / "pairs.jsonl", 8, n, 300)
-                peak = trained(folder / "30m", folder / "pairs.jsonl", "--batch-size", 8, "--micro-tokens", 2048)
+                peak = trained(
+                    folder / "30m",
+                    folder / "pairs.jsonl",
+                    "--batch-size",
+                    8,
+                    "--micro-tokens",
+                    2048,
+                )
                 print(f"| {n} | {peak:,.0f} |", flush=True)
         sizes = ("30m", "100m", "360m")
         if "sizes" in asked:
@@ -96,18 +139,41 @@ def main():
             make_pairs(folder / "pairs.jsonl", 8, 50, 200)
             for shape in sizes:
                 make_model(shape, folder / shape)
-                peak = trained(folder / shape, folder / "pairs.jsonl", "--batch-size", 8, "--micro-tokens", 1100, "--recompute")
-                print(f"| {shape} | {peak:,.0f} | {formula(SHAPES[shape](), 1100, 800):,.0f} |", flush=True)
+                peak = trained(
+                    folder / shape,
+                    folder / "pairs.jsonl",
+                    "--batch-size",
+                    8,
+                    "--micro-tokens",
+                    1100,
+                    "--recompute",
+                )
+                print(
+                    f"| {shape} | {peak:,.0f} | {formula(SHAPES[shape](), 1100, 800):,.0f} |",
+                    flush=True,
+                )
         if "ranks" in asked:
             make_model(sizes[-1], folder / "large")
             print("| ranks | MiB a rank, to load |\n|---|---|")
             for n in (1, 2, 4):
-                print(f"| {n} | {child('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', n, '--', __file__, '--load', folder / 'large'):,.0f} |", flush=True)
+                print(
+                    f"| {n} | {child('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', n, '--', __file__, '--load', folder / 'large'):,.0f} |",
+                    flush=True,
+                )
 
 
-def formula(config, tokens: int, responses: int, ranks: int = 1, wide: int = 4, process: float = 500, offload: bool = False) -> float:
+def formula(
+    config,
+    tokens: int,
+    responses: int,
+    ranks: int = 1,
+    wide: int = 4,
+    process: float = 500,
+    offload: bool = False,
+) -> float:
     """The README's formula for one rank with --recompute, MiB. wide: bytes of the compute dtype."""
     from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     weights = sum(p.numel() for p in model.parameters())
@@ -115,16 +181,32 @@ def formula(config, tokens: int, responses: int, ranks: int = 1, wide: int = 4, 
     root = weights - block * config.num_hidden_layers  # embedding, last norm and head
     kept = 0 if offload else 12 * weights / ranks
     gathered = (wide + 4) * (2 * block + root)
-    inside = wide * tokens * (config.hidden_size * (config.num_hidden_layers + 16) + 5 * config.intermediate_size)
+    inside = (
+        wide
+        * tokens
+        * (config.hidden_size * (config.num_hidden_layers + 16) + 5 * config.intermediate_size)
+    )
     logits = 2 * wide * responses * config.vocab_size
     return process + (kept + gathered + inside + logits) / 2**20
 
 
 def print_formula():
     """What a GPU needs by the formula, in bf16: not measured."""
-    print("| shape | GPUs | --micro-tokens | a GPU needs, GB | with --offload |\n|---|---|---|---|---|")
-    for shape, ranks, tokens in (("360m", 1, 2048), ("1b", 1, 8192), ("7b", 1, 2048), ("7b", 8, 2048), ("7b", 8, 8192), ("7b", 16, 8192)):
-        need = [formula(SHAPES[shape](), tokens, tokens * 3 // 4, ranks, 2, 1000, offload) * 2**20 / 1e9 for offload in (False, True)]
+    print(
+        "| shape | GPUs | --micro-tokens | a GPU needs, GB | with --offload |\n|---|---|---|---|---|"
+    )
+    for shape, ranks, tokens in (
+        ("360m", 1, 2048),
+        ("1b", 1, 8192),
+        ("7b", 1, 2048),
+        ("7b", 8, 2048),
+        ("7b", 8, 8192),
+        ("7b", 16, 8192),
+    ):
+        need = [
+            formula(SHAPES[shape](), tokens, tokens * 3 // 4, ranks, 2, 1000, offload) * 2**20 / 1e9
+            for offload in (False, True)
+        ]
         print(f"| {shape} | {ranks} | {tokens} | {need[0]:.0f} | {need[1]:.0f} |")
 
 

@@ -27,8 +27,11 @@ TRAIN, HELDOUT = 2048, 512
 
 
 def word(rng, low=3, high=5):
-    return "".join(rng.choice("aeiou" if (i + start) % 2 else "bdfklmnprst")
-                   for start in [rng.randrange(2)] for i in range(rng.randint(low, high)))
+    return "".join(
+        rng.choice("aeiou" if (i + start) % 2 else "bdfklmnprst")
+        for start in [rng.randrange(2)]
+        for i in range(rng.randint(low, high))
+    )
 
 
 def number(rng):
@@ -76,25 +79,68 @@ def sft_set(rng) -> tuple[list[dict], list[dict]]:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each piece of the template and each kind of task, else one a character."""
-    pieces = ["### Instruction: ", "\n\n### Response:", "Reverse ", "Capitals of ", "Last letter of ", "Vowels of ",
-              "Spell ", "Twice ", "Larger of ", "Add ", "Next after ", "Sort ", " and "]
+    pieces = [
+        "### Instruction: ",
+        "\n\n### Response:",
+        "Reverse ",
+        "Capitals of ",
+        "Last letter of ",
+        "Vowels of ",
+        "Spell ",
+        "Twice ",
+        "Larger of ",
+        "Add ",
+        "Next after ",
+        "Sort ",
+        " and ",
+    ]
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = ["<unk>", "<s>", "</s>", *pieces, *letters, *letters.upper(), *"0123456789 -.,!?:;'\n"]
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces).replace("\n", r"\n") + r"|[\s\S]"), "isolated")
+    vocabulary = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *pieces,
+        *letters,
+        *letters.upper(),
+        *"0123456789 -.,!?:;'\n",
+    ]
+    tokenizer = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex("|".join(pieces).replace("\n", r"\n") + r"|[\s\S]"), "isolated"
+    )
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])  # as Llama's does
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   pad_token="</s>", model_max_length=64)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 1)]
+    )  # as Llama's does
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=64,
+    )
 
 
 def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> LlamaForCausalLM:
     """SFT, Eq. (3.1), on fresh tasks with sloppy answers half of the time."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=None))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
@@ -104,7 +150,9 @@ def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> Lla
         while len(rows) < batch:
             kind, prompt, answer = task(rng)
             if prompt not in banned:
-                rows.append(encode(tokenizer, "paper", {"prompt": prompt}, careless(rng, kind, answer)))
+                rows.append(
+                    encode(tokenizer, "paper", {"prompt": prompt}, careless(rng, kind, answer))
+                )
         loss = nll_per_token(model, rows)
         optimizer.zero_grad()
         loss.backward()
@@ -119,16 +167,26 @@ def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> Lla
 def nll_per_token(model, rows) -> torch.Tensor:
     """−log p_θ(y|x) over the response's tokens, in a padded batch. (), with gradient"""
     columns = [(ids, [1] * len(ids), mask) for ids, mask in rows]
-    ids, attention, mask = (pad_sequence([torch.tensor(row) for row in column], batch_first=True) for column in zip(*columns))
+    ids, attention, mask = (
+        pad_sequence([torch.tensor(row) for row in column], batch_first=True)
+        for column in zip(*columns)
+    )
     start = int(mask.any(0).int().argmax())  # the first column with a response token
-    logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=ids.shape[1] - start + 1, use_cache=False).logits
+    logits = model(
+        input_ids=ids,
+        attention_mask=attention,
+        logits_to_keep=ids.shape[1] - start + 1,
+        use_cache=False,
+    ).logits
     logps = (token_logps(logits[:, :-1], ids[:, start:]) * mask[:, start:]).sum(-1)
     return -logps.sum() / mask.sum()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of theta_0 (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=4000, help="optimizer steps of theta_0 (default: %(default)s)"
+    )
     args = parser.parse_args()
     rng = random.Random(0)
     training, heldout = sft_set(rng)

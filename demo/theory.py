@@ -22,15 +22,25 @@ from loss import ELL, sequence_logps, sft_loss, spin_loss  # noqa: E402
 from packing import pack, packed  # noqa: E402
 from report import chart  # noqa: E402
 
-PROMPTS, LETTERS, LONGEST, EOS = 4, 3, 3, 3  # tokens 0 to 2 are letters, 3 the EOS; prompt x is the tokens (EOS, x)
-RESPONSES = [letters + (EOS,) * (n < LONGEST) for n in range(LONGEST + 1)
-             for letters in itertools.product(range(LETTERS), repeat=n)]
+PROMPTS, LETTERS, LONGEST, EOS = (
+    4,
+    3,
+    3,
+    3,
+)  # tokens 0 to 2 are letters, 3 the EOS; prompt x is the tokens (EOS, x)
+RESPONSES = [
+    letters + (EOS,) * (n < LONGEST)
+    for n in range(LONGEST + 1)
+    for letters in itertools.product(range(LETTERS), repeat=n)
+]
 ELL_SLOPE = {"logistic": -0.5, "hinge": -1.0, "correlation": -1.0, "exponential": -1.0}  # ℓ'(0)
 
 
 def random_table(seed: int, scale: float = 1.0) -> torch.Tensor:
     """A random distribution over the responses to each prompt, as log p(y|x). (X, Y)"""
-    logits = torch.randn(PROMPTS, len(RESPONSES), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = torch.randn(
+        PROMPTS, len(RESPONSES), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return (scale * logits).log_softmax(-1)
 
 
@@ -42,8 +52,12 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def expected_loss(policy, opponent, data, lam, ell="logistic", generated=None) -> torch.Tensor:
     """L_SPIN(θ, θ_t) of Eq. (4.7) as a finite sum. Tables (X, Y) of log-probabilities; y' ~ generated, or the opponent."""
     generated = opponent if generated is None else generated
-    weight = data.exp()[:, :, None] * generated.exp()[:, None, :] / PROMPTS  # q(x) p_data(y|x) p_θt(y'|x), (X, Y, Y')
-    losses = spin_loss(policy[:, :, None], policy[:, None, :], opponent[:, :, None], opponent[:, None, :], lam, ell)
+    weight = (
+        data.exp()[:, :, None] * generated.exp()[:, None, :] / PROMPTS
+    )  # q(x) p_data(y|x) p_θt(y'|x), (X, Y, Y')
+    losses = spin_loss(
+        policy[:, :, None], policy[:, None, :], opponent[:, :, None], opponent[:, None, :], lam, ell
+    )
     return (weight * losses).sum()
 
 
@@ -58,9 +72,11 @@ def best_response(opponent, data, lam, ell="logistic", steps=40) -> torch.Tensor
     loss = lambda z: expected_loss(z.view_as(opponent).log_softmax(-1), opponent, data, lam, ell)  # noqa: E731
     for _ in range(steps):
         flat = logits.flatten().requires_grad_()
-        slope, = torch.autograd.grad(loss(flat), flat)
+        (slope,) = torch.autograd.grad(loss(flat), flat)
         curvature = torch.autograd.functional.hessian(loss, flat.detach(), vectorize=True)
-        move = torch.linalg.pinv(curvature, rcond=1e-13, hermitian=True) @ slope  # singular: a constant per prompt is free
+        move = (
+            torch.linalg.pinv(curvature, rcond=1e-13, hermitian=True) @ slope
+        )  # singular: a constant per prompt is free
         size = 1.0
         while loss(flat - size * move) > loss(flat) and size > 1e-9:
             size /= 2  # far from the optimum a whole Newton step overshoots
@@ -77,11 +93,26 @@ def theorem_5_4(opponent, data, lam) -> torch.Tensor:
 
 # ---- a one-layer transformer over the same space -----------------------------------------------------------------
 
+
 def transformer(seed: int) -> GPT2LMHeadModel:
     """About 3,500 random parameters in float64."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=LETTERS + 1, n_embd=16, n_layer=1, n_head=2, n_positions=LONGEST + 2,
-                                      initializer_range=0.3, bos_token_id=EOS, eos_token_id=EOS)).double().eval()
+    return (
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=LETTERS + 1,
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                n_positions=LONGEST + 2,
+                initializer_range=0.3,
+                bos_token_id=EOS,
+                eos_token_id=EOS,
+            )
+        )
+        .double()
+        .eval()
+    )
 
 
 def tabulate(model) -> torch.Tensor:
@@ -93,7 +124,12 @@ def tabulate(model) -> torch.Tensor:
 
 def gradient(loss, model) -> torch.Tensor:
     """The gradient of a scalar with respect to all of the model's parameters, flat. (P,)"""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        ]
+    )
 
 
 def scores(model) -> torch.Tensor:
@@ -103,6 +139,7 @@ def scores(model) -> torch.Tensor:
 
 
 # ---- whole iterations --------------------------------------------------------------------------------------------
+
 
 def to_the_optimum(start, data, lam, iterations: int = 4, minimiser=theorem_5_4) -> list[float]:
     """KL(p_data ‖ p_θt) for t = 0 … iterations, each trained to the optimum over all tables.
@@ -116,15 +153,24 @@ def to_the_optimum(start, data, lam, iterations: int = 4, minimiser=theorem_5_4)
     return distances
 
 
-def few_steps(seed: int, data, lam=None, iterations: int = 4, steps: int = 20, rate: float = 1e-3) -> list[float]:
+def few_steps(
+    seed: int, data, lam=None, iterations: int = 4, steps: int = 20, rate: float = 1e-3
+) -> list[float]:
     """The same for the transformer and `steps` steps of RMSProp on the exact loss; lam None is continued SFT."""
     model, distances = transformer(seed), []
     for _ in range(iterations):
-        optimizer, opponent = torch.optim.RMSprop(model.parameters(), lr=rate), tabulate(model).detach()
+        optimizer, opponent = (
+            torch.optim.RMSprop(model.parameters(), lr=rate),
+            tabulate(model).detach(),
+        )
         distances.append(kl(data, opponent).item())
         for _ in range(steps):
             policy = tabulate(model)
-            loss = expected_sft_loss(policy, data) if lam is None else expected_loss(policy, opponent, data, lam)
+            loss = (
+                expected_sft_loss(policy, data)
+                if lam is None
+                else expected_loss(policy, opponent, data, lam)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -157,30 +203,56 @@ def gradient_noise(model, data, lam, batch: int = 1) -> tuple[float, float]:
     return (lam**2 / 4 * sft / batch).item(), (lam**2 / 4 * (sft + added) / batch).item()
 
 
-COLOURS = {"λ = 0.1": "#1f5fa8", "λ = 0.5": "#2a8a57", "λ = 0.7": "#148a9c", "λ = 1.0": "#8a4fb0", "λ = 2.0": "#c2571a",
-           "λ = 5.0": "#b01f4f", "SFT": "#777777"}
+COLOURS = {
+    "λ = 0.1": "#1f5fa8",
+    "λ = 0.5": "#2a8a57",
+    "λ = 0.7": "#148a9c",
+    "λ = 1.0": "#8a4fb0",
+    "λ = 2.0": "#c2571a",
+    "λ = 5.0": "#b01f4f",
+    "SFT": "#777777",
+}
 
 
 def draw(name: str, title: str, curves: dict):
-    lines = [(label, COLOURS[label], "", [(t, v, 0) for t, v in enumerate(values)]) for label, values in curves.items()]
+    lines = [
+        (label, COLOURS[label], "", [(t, v, 0) for t, v in enumerate(values)])
+        for label, values in curves.items()
+    ]
     (HERE / name).write_text(chart(lines, title, log=True) + "\n")
 
 
 def main():
     data, start, model = random_table(1), random_table(2), transformer(0)
-    print("Theorem 5.2: at p_θt = p_data the loss is ℓ(0) and the gradient zero; elsewhere g'(0) < 0")
+    print(
+        "Theorem 5.2: at p_θt = p_data the loss is ℓ(0) and the gradient zero; elsewhere g'(0) < 0"
+    )
     for ell in ELL:
-        slope = (expected_loss(data, start, data, 1e-5, ell) - expected_loss(data, start, data, -1e-5, ell)) / 2e-5
-        print(f"  {ell:12} ℓ(0) {expected_loss(data, data, data, 1.0, ell):.6f}   g'(0) {slope:.6f}   "
-              f"ℓ'(0)·[KL + KL] {ELL_SLOPE[ell] * (kl(data, start) + kl(start, data)):.6f}")
+        slope = (
+            expected_loss(data, start, data, 1e-5, ell)
+            - expected_loss(data, start, data, -1e-5, ell)
+        ) / 2e-5
+        print(
+            f"  {ell:12} ℓ(0) {expected_loss(data, data, data, 1.0, ell):.6f}   g'(0) {slope:.6f}   "
+            f"ℓ'(0)·[KL + KL] {ELL_SLOPE[ell] * (kl(data, start) + kl(start, data)):.6f}"
+        )
     print("Theorem 5.4: largest error of the exact minimiser against p_θt (p_data/p_θt)^(1/λ)")
     for lam in (0.5, 1.0, 2.0, 5.0):
-        error = (best_response(start, data, lam).exp() - theorem_5_4(start, data, lam).exp()).abs().max()
+        error = (
+            (best_response(start, data, lam).exp() - theorem_5_4(start, data, lam).exp())
+            .abs()
+            .max()
+        )
         print(f"  λ {lam:<4} {error:.1e}")
     print("The first step: ‖g_SPIN − λ/2 g_SFT‖ / ‖λ/2 g_SFT‖, by where y' comes from")
     table, before = tabulate(model).detach(), tabulate(transformer(1)).detach()
-    for name, generated in (("p_θt", table), ("greedy", greedy(table)), ("temperature 0.5", (2 * table).log_softmax(-1)),
-                            ("p_θt-1", before), ("half p_θt, half p_θt-1", (table.exp() / 2 + before.exp() / 2).log())):
+    for name, generated in (
+        ("p_θt", table),
+        ("greedy", greedy(table)),
+        ("temperature 0.5", (2 * table).log_softmax(-1)),
+        ("p_θt-1", before),
+        ("half p_θt, half p_θt-1", (table.exp() / 2 + before.exp() / 2).log()),
+    ):
         print(f"  {name:24} {gradient_error(model, data, 0.1, generated):.2e}")
     print("Its noise: E‖g − E g‖ over ‖E g‖, for λ/2·SFT and for SPIN")
     signal = 0.05 * gradient(expected_sft_loss(tabulate(model), data), model).norm()
@@ -188,8 +260,13 @@ def main():
         sft, spin = (math.sqrt(v) / signal for v in gradient_noise(model, data, 0.1, batch))
         print(f"  batch {batch:<4} SFT {sft:.3f}   SPIN {spin:.3f}")
     optimum = {f"λ = {lam}": to_the_optimum(start, data, lam) for lam in (0.1, 0.5, 0.7, 2.0, 5.0)}
-    steps = {f"λ = {lam}": few_steps(0, data, lam) for lam in (0.1, 0.5, 1.0, 2.0, 5.0)} | {"SFT": few_steps(0, data)}
-    for title, curves in (("trained to the optimum", optimum), ("trained for 20 steps an iteration", steps)):
+    steps = {f"λ = {lam}": few_steps(0, data, lam) for lam in (0.1, 0.5, 1.0, 2.0, 5.0)} | {
+        "SFT": few_steps(0, data)
+    }
+    for title, curves in (
+        ("trained to the optimum", optimum),
+        ("trained for 20 steps an iteration", steps),
+    ):
         print(f"KL(p_data ‖ p_θt) over the iterations, {title}")
         for label, values in curves.items():
             print(f"  {label:8}", "  ".join(f"{v:.3g}" for v in values))

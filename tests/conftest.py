@@ -21,24 +21,64 @@ import train  # noqa: E402
 
 torch.set_num_threads(1)
 THETA0 = REPO / "demo" / "theta0"
-MICRO = ["--recipe", "demo", "--num-prompts", "40", "--eval-prompts", "12", "--batch-size", "12", "--micro-tokens", "200",
-         "--chunk", "16", "--checkpoint-every", "2", "--no-sft-baseline", "--lam", "5", "4", "--lr", "3e-5", "2e-5"]
+MICRO = [
+    "--recipe",
+    "demo",
+    "--num-prompts",
+    "40",
+    "--eval-prompts",
+    "12",
+    "--batch-size",
+    "12",
+    "--micro-tokens",
+    "200",
+    "--chunk",
+    "16",
+    "--checkpoint-every",
+    "2",
+    "--no-sft-baseline",
+    "--lam",
+    "5",
+    "4",
+    "--lr",
+    "3e-5",
+    "2e-5",
+]
 
 
 def stage(name: str, run: Path, *flags: str):
     """Call a stage's main(argv) in this process on the micro recipe."""
-    {"generate": generate, "train": train, "evaluate": evaluate}[name].main([*MICRO, "--run", str(run), *map(str, flags)])
+    {"generate": generate, "train": train, "evaluate": evaluate}[name].main(
+        [*MICRO, "--run", str(run), *map(str, flags)]
+    )
 
 
 def shell(*command: str, **kwargs) -> subprocess.CompletedProcess:
     """Run a command from the repository root, as a user would; one thread a process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **kwargs.pop("env", {})}
-    return subprocess.run([str(c) for c in command], cwd=REPO, env=env, text=True, capture_output=True, timeout=300, **kwargs)
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=REPO,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        **kwargs,
+    )
 
 
 def torchrun(ranks: int, script: str, *flags: str) -> subprocess.CompletedProcess:
-    return shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
-                 "--", script, *flags)
+    return shell(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        ranks,
+        "--",
+        script,
+        *flags,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +105,7 @@ def played(tmp_path_factory):
 @pytest.fixture()
 def refused(capsys):
     """refused(call) runs call, checks exit code 2 and one line without a traceback, and returns the line."""
+
     def check(call) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -73,4 +114,5 @@ def refused(capsys):
         assert stop.value.code == 2
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
+
     return check

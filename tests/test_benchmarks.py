@@ -16,11 +16,18 @@ from packing import pack  # noqa: E402
 
 
 def test_the_training_benchmark_prints_a_row_for_each_setting():
-    done = shell(sys.executable, "benchmarks/train_gpu.py", "--shape", "tiny", "--steps", "1", "--pairs", "2")
+    done = shell(
+        sys.executable, "benchmarks/train_gpu.py", "--shape", "tiny", "--steps", "1", "--pairs", "2"
+    )
     assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[3:]]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()[3:]
+    ]
     assert [row[0] for row in rows] == list(train_gpu.KNOBS)
-    assert all(float(row[1].replace(",", "")) > 0 and 0 < int(row[2].rstrip("%")) < 100 for row in rows)
+    assert all(
+        float(row[1].replace(",", "")) > 0 and 0 < int(row[2].rstrip("%")) < 100 for row in rows
+    )
 
 
 def test_the_flops_of_the_formula_are_those_that_a_pass_over_packed_pairs_executes():
@@ -34,7 +41,9 @@ def test_the_flops_of_the_formula_are_those_that_a_pass_over_packed_pairs_execut
             pair[half] = ids[:40], mask[:40] | (torch.arange(len(mask[:40])).numpy() >= 20)
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     with FlopCounterMode(display=False) as counter:
-        sequence_logps(model, *pack([pair[half] for pair in pairs for half in ("real", "generated")], "cpu")).sum().backward()
+        sequence_logps(
+            model, *pack([pair[half] for pair in pairs for half in ("real", "generated")], "cpu")
+        ).sum().backward()
     counted = counter.get_total_flops()
     assert train_gpu.flops(config, blocks, pairs) == pytest.approx(counted, rel=0.08)
     with FlopCounterMode(display=False) as counter:

@@ -15,12 +15,27 @@ SHAPES = {
     "prompt/completion": {"prompt": "Hi?", "completion": "Hello."},
     "question/answer": {"question": "Hi?", "answer": "Hello."},
     "alpaca": {"instruction": "Hi?", "input": "", "output": "Hello."},
-    "messages": {"messages": [USER, BOT, {"role": "user", "content": "More"}, {"role": "assistant", "content": "No."}],
-                 "prompt": "Hi?", "prompt_id": "7"},  # UltraChat's fields
+    "messages": {
+        "messages": [
+            USER,
+            BOT,
+            {"role": "user", "content": "More"},
+            {"role": "assistant", "content": "No."},
+        ],
+        "prompt": "Hi?",
+        "prompt_id": "7",
+    },  # UltraChat's fields
     "prompt/chosen/rejected": {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Yo"},
-    "ultrafeedback": {"prompt": "Hi?", "chosen": [USER, BOT], "rejected": [USER, {"role": "assistant", "content": "Yo"}],
-                      "messages": [USER, BOT]},
-    "real/generated": {"real": [USER, BOT], "generated": [USER, {"role": "assistant", "content": "Yo"}]},
+    "ultrafeedback": {
+        "prompt": "Hi?",
+        "chosen": [USER, BOT],
+        "rejected": [USER, {"role": "assistant", "content": "Yo"}],
+        "messages": [USER, BOT],
+    },
+    "real/generated": {
+        "real": [USER, BOT],
+        "generated": [USER, {"role": "assistant", "content": "Yo"}],
+    },
 }
 
 
@@ -35,6 +50,7 @@ def test_every_shape_is_read_from_every_kind_of_file(shape, kind, tmp_path):
         path.write_text(json.dumps(rows))
     else:
         import datasets
+
         datasets.Dataset.from_list(rows).to_parquet(path)
     pairs = [to_pair(row, "row") for row in read_rows(str(path))]
     wanted = WANTED | ({"generated": "Yo"} if "Yo" in str(SHAPES[shape]) else {})
@@ -42,13 +58,20 @@ def test_every_shape_is_read_from_every_kind_of_file(shape, kind, tmp_path):
 
 
 def test_alpacas_input_belongs_to_the_prompt():
-    assert to_pair({"instruction": "Sum", "input": "1 2", "output": "3"}, "")["prompt"] == "Sum\n\n1 2"
+    assert (
+        to_pair({"instruction": "Sum", "input": "1 2", "output": "3"}, "")["prompt"] == "Sum\n\n1 2"
+    )
 
 
 def test_a_system_message_stays_with_the_prompt_and_only_the_first_round_counts(tokenizer):
-    pair = to_pair({"messages": [{"role": "system", "content": "Be kind."}, *SHAPES["messages"]["messages"]]}, "")
+    pair = to_pair(
+        {"messages": [{"role": "system", "content": "Be kind."}, *SHAPES["messages"]["messages"]]},
+        "",
+    )
     assert pair == {**WANTED, "system": "Be kind."}
-    assert render(tokenizer, "paper", **{k: pair[k] for k in ("prompt", "system")}).startswith("### Instruction: Be kind.\n\nHi?")
+    assert render(tokenizer, "paper", **{k: pair[k] for k in ("prompt", "system")}).startswith(
+        "### Instruction: Be kind.\n\nHi?"
+    )
 
 
 def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
@@ -58,15 +81,35 @@ def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
+
 def spaced_tokenizer(**specials):
     """A tokenizer that splits as SentencePiece models do: a space belongs to the word behind it."""
-    words = ["<unk>", "<s>", "</s>", "▁", "###", "▁###", "▁Instruction:", "▁Response:", "▁Hi?", "▁Hello", "Hello", "\n", "▁Yes"]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "▁",
+        "###",
+        "▁###",
+        "▁Instruction:",
+        "▁Response:",
+        "▁Hi?",
+        "▁Hello",
+        "Hello",
+        "\n",
+        "▁Yes",
+    ]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"),
-                                                  pre_tokenizers.Metaspace(prepend_scheme="first")])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
+    )
     core.decoder = decoders.Metaspace()
-    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])  # as Llama's: adds a BOS
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>", **specials)
+    core.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 1)]
+    )  # as Llama's: adds a BOS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="</s>", **specials
+    )
 
 
 @pytest.fixture(params=["demo", "spaced"])
@@ -74,76 +117,115 @@ def any_tokenizer(request, tokenizer):
     return tokenizer if request.param == "demo" else spaced_tokenizer(bos_token="<s>")
 
 
-def test_a_sequence_has_one_bos_and_ends_with_its_only_eos_and_the_mask_covers_the_response(any_tokenizer):
+def test_a_sequence_has_one_bos_and_ends_with_its_only_eos_and_the_mask_covers_the_response(
+    any_tokenizer,
+):
     tok = any_tokenizer
     prompt, none = encode(tok, "paper", {"prompt": "Hi?"})
     ids, mask = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
     assert ids[0] == tok.bos_token_id and ids.count(tok.bos_token_id) == 1
     assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
-    assert ids[:len(prompt)] == prompt and not any(none)
+    assert ids[: len(prompt)] == prompt and not any(none)
     assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-    assert "### Instruction: Hi?\n\n### Response: Hello" in tok.decode(ids, skip_special_tokens=True).replace("▁", " ")
+    assert "### Instruction: Hi?\n\n### Response: Hello" in tok.decode(
+        ids, skip_special_tokens=True
+    ).replace("▁", " ")
 
 
 def test_a_tokenizer_without_bos_gets_none():
     tok = spaced_tokenizer()
     ids, _ = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
-    assert ids.count(1) == 0 and tok("Hi?")["input_ids"].count(1) == 1  # though its post-processor would add one
+    assert (
+        ids.count(1) == 0 and tok("Hi?")["input_ids"].count(1) == 1
+    )  # though its post-processor would add one
 
 
 def test_the_templates_last_space_goes_to_the_response_where_the_model_would_write_it():
     tok = spaced_tokenizer(bos_token="<s>")
     ids, mask = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
-    assert tok.convert_ids_to_tokens(ids)[-3:] == ["▁Response:", "▁Hello", "</s>"] and mask[-3:] == [0, 1, 1]
-    apart = tok("### Response: ", add_special_tokens=False)["input_ids"] + tok("Hello", add_special_tokens=False)["input_ids"]
-    assert tok.convert_ids_to_tokens(apart)[-2:] != ["▁Response:", "▁Hello"]  # control: tokenised apart, a stray "▁"
+    assert tok.convert_ids_to_tokens(ids)[-3:] == ["▁Response:", "▁Hello", "</s>"] and mask[
+        -3:
+    ] == [0, 1, 1]
+    apart = (
+        tok("### Response: ", add_special_tokens=False)["input_ids"]
+        + tok("Hello", add_special_tokens=False)["input_ids"]
+    )
+    assert tok.convert_ids_to_tokens(apart)[-2:] != [
+        "▁Response:",
+        "▁Hello",
+    ]  # control: tokenised apart, a stray "▁"
 
 
 def test_generation_and_training_see_the_same_prompt_ids(tokenizer):
     pair = {"prompt": "Reverse kola"}
-    assert encode(tokenizer, "paper", pair, "alok")[0][:len(encode(tokenizer, "paper", pair)[0])] == encode(tokenizer, "paper", pair)[0]
-    assert encode(tokenizer, "paper", pair)[0] != encode(tokenizer, "Q: {prompt}\nA:", pair)[0]  # control: another template
+    assert (
+        encode(tokenizer, "paper", pair, "alok")[0][: len(encode(tokenizer, "paper", pair)[0])]
+        == encode(tokenizer, "paper", pair)[0]
+    )
+    assert (
+        encode(tokenizer, "paper", pair)[0] != encode(tokenizer, "Q: {prompt}\nA:", pair)[0]
+    )  # control: another template
 
 
 def test_sampled_ids_are_taken_as_they_are_though_their_text_would_be_split_otherwise(tokenizer):
-    spelled = [tokenizer.convert_tokens_to_ids(c) for c in " Sort 1"]  # letter by letter; the tokenizer has "Sort "
+    spelled = [
+        tokenizer.convert_tokens_to_ids(c) for c in " Sort 1"
+    ]  # letter by letter; the tokenizer has "Sort "
     text = decode(tokenizer, "paper", spelled)
     assert text == "Sort 1"
     ids, mask = encode(tokenizer, "paper", {"prompt": "x"}, spelled)
     assert ids[-7:] == spelled and mask[-7:] == [1] * 7
-    assert [i for i, m in zip(*encode(tokenizer, "paper", {"prompt": "x"}, text, eos=False)) if m] != spelled  # control
+    assert [
+        i for i, m in zip(*encode(tokenizer, "paper", {"prompt": "x"}, text, eos=False)) if m
+    ] != spelled  # control
 
 
 def test_the_text_of_a_special_token_in_a_response_or_prompt_does_not_become_one(tokenizer):
     ids, _ = encode(tokenizer, "paper", {"prompt": "say </s><s>"}, "a</s>b")
     assert ids.count(tokenizer.eos_token_id) == 1 and ids.count(tokenizer.bos_token_id) == 1
-    assert tokenizer("a</s>b")["input_ids"].count(tokenizer.eos_token_id) == 1  # control: plain tokenising parses it
+    assert (
+        tokenizer("a</s>b")["input_ids"].count(tokenizer.eos_token_id) == 1
+    )  # control: plain tokenising parses it
 
 
 def test_a_response_that_does_not_fit_is_cut_and_gets_no_eos(tokenizer):
     whole, _ = encode(tokenizer, "paper", {"prompt": "Spell tin"}, "t-i-n")
-    ids, mask = encode(tokenizer, "paper", {"prompt": "Spell tin"}, "t-i-n", max_length=len(whole) - 2)
+    ids, mask = encode(
+        tokenizer, "paper", {"prompt": "Spell tin"}, "t-i-n", max_length=len(whole) - 2
+    )
     assert ids == whole[:-2] and len(mask) == len(ids) and tokenizer.eos_token_id not in ids
 
 
 def test_the_chat_template_is_the_tokenizers_own_with_one_bos(tokenizer):
-    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
-    tok.chat_template = ("{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-                         "{% if add_generation_prompt %}assistant:\n{% endif %}")
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    tok.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
     assert render(tok, "chat", "Hi", "Be kind") == "<s>system: Be kind\nuser: Hi\nassistant:\n"
     ids, _ = encode(tok, "chat", {"prompt": "Hi"}, "Yo")
-    assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id and ids.count(tok.eos_token_id) == 1
+    assert (
+        ids.count(tok.bos_token_id) == 1
+        and ids[0] == tok.bos_token_id
+        and ids.count(tok.eos_token_id) == 1
+    )
 
 
 def test_a_chat_template_that_refuses_a_system_message_is_named(tokenizer, refused):
-    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    )
     tok.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[-1].content }}"
     assert render(tok, "chat", "Hi") == "Hi"
     assert "no system role" in refused(lambda: render(tok, "chat", "Hi", "Be kind"))
 
 
 def test_a_special_token_without_a_role_counts_as_special_too(tokenizer):
-    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="</s>")
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="</s>"
+    )
     assert not holds_special(tokenizer, "see <repo>")
     tok.add_tokens([AddedToken("<repo>", special=True)])
     assert "<repo>" not in tok.all_special_tokens and holds_special(tok, "see <repo>")
@@ -159,41 +241,66 @@ def test_other_braces_in_template_or_prompt_are_plain_text(tokenizer):
 
 # ---- selection -------------------------------------------------------------------------------------------------
 
+
 def rows_of(n):
     return [{"prompt": f"p {i}", "response": f"r {i}"} for i in range(n)]
 
 
-def choose(rows, tokenizer, number=1000, seed=0, max_length=64, max_new_tokens=24, template="paper"):
+def choose(
+    rows, tokenizer, number=1000, seed=0, max_length=64, max_new_tokens=24, template="paper"
+):
     return select(rows, "set", tokenizer, template, number, seed, max_length, max_new_tokens)
 
 
 def test_a_smaller_number_of_prompts_is_a_subset_of_a_larger_under_one_seed(tokenizer):
     ids = {n: {p["id"] for p in choose(rows_of(100), tokenizer, n)[0]} for n in (14, 26, 50)}
     assert ids[14] < ids[26] < ids[50] and len(ids[50]) == 50
-    assert ids[14] != {p["id"] for p in choose(rows_of(100), tokenizer, 14, seed=1)[0]}  # control: another seed
+    assert ids[14] != {
+        p["id"] for p in choose(rows_of(100), tokenizer, 14, seed=1)[0]
+    }  # control: another seed
 
 
 def test_what_is_left_out_is_counted_by_rule(tokenizer):
-    rows = rows_of(3) + [{"prompt": "p 0", "response": "again"}, {"prompt": "q", "response": " "},
-                         {"prompt": "", "response": "r"}, {"prompt": "w" * 60, "response": "r"}, {"prompt": "z", "response": "y" * 60}]
+    rows = rows_of(3) + [
+        {"prompt": "p 0", "response": "again"},
+        {"prompt": "q", "response": " "},
+        {"prompt": "", "response": "r"},
+        {"prompt": "w" * 60, "response": "r"},
+        {"prompt": "z", "response": "y" * 60},
+    ]
     pairs, counts = choose(rows, tokenizer)
     assert {p["prompt"] for p in pairs} == {"p 0", "p 1", "p 2", "z"}
-    assert dict(counts) == {"read": 8, "duplicate prompt": 1, "empty prompt or response": 2, "prompt too long": 1,
-                            "response cut at max_length": 1}
+    assert dict(counts) == {
+        "read": 8,
+        "duplicate prompt": 1,
+        "empty prompt or response": 2,
+        "prompt too long": 1,
+        "response cut at max_length": 1,
+    }
 
 
 def test_with_a_template_of_special_tokens_text_that_spells_one_is_left_out_and_counted(tokenizer):
     rows = rows_of(2) + [{"prompt": "what is </s>?", "response": "r"}]
     assert choose(rows, tokenizer, template="{prompt}</s>A:")[1]["text of a special token"] == 1
-    assert choose(rows, tokenizer)[1]["text of a special token"] == 0  # the paper's template is plain text
+    assert (
+        choose(rows, tokenizer)[1]["text of a special token"] == 0
+    )  # the paper's template is plain text
 
 
-def test_a_prompt_of_no_tokens_is_left_out_for_nothing_would_predict_the_first_token_of_its_answer(tokenizer):
+def test_a_prompt_of_no_tokens_is_left_out_for_nothing_would_predict_the_first_token_of_its_answer(
+    tokenizer,
+):
     core = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))  # drops what it does not know
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
-    pairs, counts = choose([{"prompt": "zz", "response": "a"}, {"prompt": "ab", "response": "b"}], tok, template="{prompt}")
+    pairs, counts = choose(
+        [{"prompt": "zz", "response": "a"}, {"prompt": "ab", "response": "b"}],
+        tok,
+        template="{prompt}",
+    )
     assert [p["prompt_ids"] for p in pairs] == [[0, 1]] and counts["prompt of no tokens"] == 1
 
 
 def test_no_usable_rows_is_refused_with_the_counts(tokenizer, refused):
-    assert "empty prompt or response: 2" in refused(lambda: choose([{"prompt": "", "response": "x"}] * 2, tokenizer))
+    assert "empty prompt or response: 2" in refused(
+        lambda: choose([{"prompt": "", "response": "x"}] * 2, tokenizer)
+    )

@@ -25,18 +25,29 @@ def test_the_answers_are_right():
     for row in read_jsonl(REPO / "demo" / "heldout.jsonl"):
         words, y = row["prompt"].split(), row["response"]
         kind, last = words[0], words[-1]
-        assert {"Reverse": lambda: list(reversed(last)) == list(y), "Capitals": lambda: y.lower() == last and y.isupper(),
-                "Last": lambda: last.endswith(y) and len(y) == 1, "Spell": lambda: y.split("-") == list(last),
-                "Vowels": lambda: y == last.translate(str.maketrans("", "", "bcdfghjklmnpqrstvwxyz")),
-                "Twice": lambda: y == f"{last}{last}", "Larger": lambda: int(y) == max(int(words[2]), int(last)),
-                "Add": lambda: int(y) - int(last) == int(words[1]), "Next": lambda: int(y) - 1 == int(last),
-                "Sort": lambda: sorted(words[1:], key=int) == y.split()}[kind](), row
+        assert {
+            "Reverse": lambda: list(reversed(last)) == list(y),
+            "Capitals": lambda: y.lower() == last and y.isupper(),
+            "Last": lambda: last.endswith(y) and len(y) == 1,
+            "Spell": lambda: y.split("-") == list(last),
+            "Vowels": lambda: y == last.translate(str.maketrans("", "", "bcdfghjklmnpqrstvwxyz")),
+            "Twice": lambda: y == f"{last}{last}",
+            "Larger": lambda: int(y) == max(int(words[2]), int(last)),
+            "Add": lambda: int(y) - int(last) == int(words[1]),
+            "Next": lambda: int(y) - 1 == int(last),
+            "Sort": lambda: sorted(words[1:], key=int) == y.split(),
+        }[kind](), row
 
 
-def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_gives_every_text_back(tokenizer, model):
+def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_gives_every_text_back(
+    tokenizer, model
+):
     assert 100_000 < sum(p.numel() for p in model.parameters()) < 150_000
     assert sum(f.stat().st_size for f in THETA0.iterdir()) < 1_000_000
-    assert make_demo.make_tokenizer().backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert (
+        make_demo.make_tokenizer().backend_tokenizer.to_str()
+        == tokenizer.backend_tokenizer.to_str()
+    )
     for row in read_jsonl(REPO / "demo" / "train.jsonl"):
         ids, mask = encode(tokenizer, "paper", row, row["response"], eos=False)
         assert tokenizer.unk_token_id not in ids

@@ -10,12 +10,18 @@ from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps
 from packing import pack
 
 torch.manual_seed(0)
-FOUR = torch.randn(4, 6, dtype=torch.float64) * 3  # policy real, policy generated, opponent real, opponent generated
+FOUR = (
+    torch.randn(4, 6, dtype=torch.float64) * 3
+)  # policy real, policy generated, opponent real, opponent generated
 
 
 def by_hand(name, t):
-    return {"logistic": math.log(1 + math.exp(-t)), "hinge": max(0.0, 1 - t), "correlation": 1 - t,
-            "exponential": math.exp(-t)}[name]
+    return {
+        "logistic": math.log(1 + math.exp(-t)),
+        "hinge": max(0.0, 1 - t),
+        "correlation": 1 - t,
+        "exponential": math.exp(-t),
+    }[name]
 
 
 @pytest.mark.parametrize("ell", ELL)
@@ -23,8 +29,12 @@ def by_hand(name, t):
 def test_spin_loss_is_equation_4_7_for_every_ell(ell, lam):
     losses = spin_loss(*FOUR, lam=lam, ell=ell)
     for i, (pr, pg, o_r, og) in enumerate(FOUR.T.tolist()):
-        assert losses[i].item() == pytest.approx(by_hand(ell, lam * (pr - o_r) - lam * (pg - og)), rel=1e-12)
-    swapped = spin_loss(FOUR[1], FOUR[0], FOUR[3], FOUR[2], lam=lam, ell=ell)  # control: generated preferred to real
+        assert losses[i].item() == pytest.approx(
+            by_hand(ell, lam * (pr - o_r) - lam * (pg - og)), rel=1e-12
+        )
+    swapped = spin_loss(
+        FOUR[1], FOUR[0], FOUR[3], FOUR[2], lam=lam, ell=ell
+    )  # control: generated preferred to real
     assert not torch.allclose(losses, swapped)
 
 
@@ -62,8 +72,13 @@ def test_bf16_log_probs_are_computed_in_fp32_and_float64_stays():
     losses = spin_loss(*four)
     assert losses.dtype == torch.float32
     assert torch.equal(losses, spin_loss(*four.float()))
-    in_bf16 = 0.1 * (four[0] - four[2]) - 0.1 * (four[1] - four[3])  # control: what must not be done
-    assert (in_bf16.float() - (0.1 * (four.float()[0] - four.float()[2]) - 0.1 * (four.float()[1] - four.float()[3]))).abs().max() > 0.01
+    in_bf16 = 0.1 * (four[0] - four[2]) - 0.1 * (
+        four[1] - four[3]
+    )  # control: what must not be done
+    assert (
+        in_bf16.float()
+        - (0.1 * (four.float()[0] - four.float()[2]) - 0.1 * (four.float()[1] - four.float()[3]))
+    ).abs().max() > 0.01
     assert spin_loss(*FOUR).dtype == sft_loss(FOUR[0]).dtype == torch.float64
 
 
@@ -80,7 +95,9 @@ def test_token_logps_are_log_softmax_at_the_labels_in_fp32():
     rounded = logits.bfloat16()
     wanted = rounded.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     assert (token_logps(rounded, labels) - wanted).abs().max() < 1e-5
-    careless = rounded.log_softmax(-1).gather(-1, labels[..., None])[..., 0]  # control: log-softmax in bf16
+    careless = rounded.log_softmax(-1).gather(-1, labels[..., None])[
+        ..., 0
+    ]  # control: log-softmax in bf16
     assert (careless - wanted).abs().max() > 1e-3
 
 
@@ -96,18 +113,32 @@ def chain_rule(model, ids, mask, average=False):
 
 @pytest.fixture()
 def sequences(tokenizer):
-    return [encode(tokenizer, "paper", {"prompt": p}, y) for p, y in
-            (("Reverse kola", "alok"), ("Larger of 12 and 93", "93"), ("Spell tin", "t-i-n, ok"))]
+    return [
+        encode(tokenizer, "paper", {"prompt": p}, y)
+        for p, y in (
+            ("Reverse kola", "alok"),
+            ("Larger of 12 and 93", "93"),
+            ("Spell tin", "t-i-n, ok"),
+        )
+    ]
 
 
 @torch.no_grad()
-def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_shares_the_row(model, sequences):
+def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_shares_the_row(
+    model, sequences
+):
     together = sequence_logps(model, *pack(sequences, "cpu"))
     for (ids, mask), logp in zip(sequences, together.tolist()):
         assert logp == pytest.approx(chain_rule(model, ids, mask), abs=1e-4)
-        assert logp != pytest.approx(chain_rule(model, ids, mask, average=True), abs=1e-2)  # control: a mean
-        assert logp != pytest.approx(chain_rule(model, ids, [1] * len(ids)), abs=1e-2)  # control: prompt counted
-        unshifted = token_logps(model(torch.tensor([ids])).logits[0], torch.tensor(ids))  # control: no shift
+        assert logp != pytest.approx(
+            chain_rule(model, ids, mask, average=True), abs=1e-2
+        )  # control: a mean
+        assert logp != pytest.approx(
+            chain_rule(model, ids, [1] * len(ids)), abs=1e-2
+        )  # control: prompt counted
+        unshifted = token_logps(
+            model(torch.tensor([ids])).logits[0], torch.tensor(ids)
+        )  # control: no shift
         assert logp != pytest.approx((unshifted * torch.tensor(mask)).sum().item(), abs=1e-2)
 
 
@@ -119,12 +150,16 @@ def test_logits_are_computed_for_response_tokens_only(model, sequences):
     assert seen[0][1] == sum(sum(mask) for _, mask in sequences) < row[0].shape[1]
 
 
-def test_the_first_gradient_of_spin_is_half_lambda_of_the_sft_gradient_less_the_score_of_the_generated(model, sequences):
+def test_the_first_gradient_of_spin_is_half_lambda_of_the_sft_gradient_less_the_score_of_the_generated(
+    model, sequences
+):
     """At θ = θ_t, ∇L = −λ/2 (∇log p(y|x) − ∇log p(y'|x)) for the logistic ℓ."""
+
     def gradient(loss):
         model.zero_grad()
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
+
     real, generated = (sequence_logps(model, *pack([s], "cpu")) for s in sequences[:2])
     got = gradient(spin_loss(real, generated, real.detach(), generated.detach(), lam=0.3).sum())
     real, generated = (sequence_logps(model, *pack([s], "cpu")) for s in sequences[:2])

@@ -4,21 +4,47 @@ import random
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, Lfm2Config,
-                          Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM)
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from loss import sequence_logps, token_logps
 from packing import pack, packed, share
 
-SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+SMALL = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 
 
 def build(kind):
     torch.manual_seed(0)
-    model = {"llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-             "grouped queries": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)),
-             "sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=7)),
-             "learnt positions": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64))}[kind]()
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+        "grouped queries": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)),
+        "sliding window": lambda: MistralForCausalLM(
+            MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=7)
+        ),
+        "learnt positions": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        ),
+    }[kind]()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)  # so that attention is far from even
     return model.eval()
@@ -40,7 +66,12 @@ def one_by_one(model, sequences):
 
 def gradient(values, model):
     weights = torch.arange(1.0, len(values) + 1)
-    return torch.cat([g.flatten() for g in torch.autograd.grad((weights * values).sum(), list(model.parameters()))])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad((weights * values).sum(), list(model.parameters()))
+        ]
+    )
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
@@ -59,18 +90,26 @@ def test_packed_log_probs_and_gradients_are_those_of_each_sequence_alone(kind, a
     assert model.config._attn_implementation == ("sdpa" if attention == "auto" else attention)
 
 
-@pytest.mark.parametrize("lost", [("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"), ("position_ids",)])
-def test_controls_plain_causal_attention_over_the_row_or_running_positions_give_other_log_probs(lost):
+@pytest.mark.parametrize(
+    "lost", [("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"), ("position_ids",)]
+)
+def test_controls_plain_causal_attention_over_the_row_or_running_positions_give_other_log_probs(
+    lost,
+):
     model, sequences = build("learnt positions"), rows()
+
     def forgetful(**kwargs):
         return model(**{k: v for k, v in kwargs.items() if k not in lost})
+
     wanted = one_by_one(model, sequences)
     if len(lost) == 1:
         with packed(model):
             got = sequence_logps(forgetful, *pack(sequences, "cpu"))
     else:
         got = sequence_logps(forgetful, *pack(sequences, "cpu"))
-    assert got[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)  # the first sequence has nothing before it
+    assert got[0].item() == pytest.approx(
+        wanted[0].item(), rel=1e-5
+    )  # the first sequence has nothing before it
     assert not torch.isclose(got[1:], wanted[1:], rtol=1e-3).any()
 
 
@@ -83,14 +122,20 @@ def test_a_neighbour_in_the_row_changes_nothing():
 
 def test_models_that_mix_along_the_row_or_whose_attention_is_not_known_are_refused(refused):
     recurrent = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1))
-    convolving = Lfm2ForCausalLM(Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
+    convolving = Lfm2ForCausalLM(
+        Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    )
+
     def use(model):
         with packed(model):
             sequence_logps(model, *pack(rows(), "cpu"))
+
     assert "MambaForCausalLM cannot keep" in refused(lambda: use(recurrent))
     assert "Lfm2ForCausalLM cannot keep" in refused(lambda: use(convolving))
     gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)).eval()
-    assert "softcap" in refused(lambda: use(gemma)) and gemma.config._attn_implementation != "packed"
+    assert (
+        "softcap" in refused(lambda: use(gemma)) and gemma.config._attn_implementation != "packed"
+    )
     gemma.set_attn_implementation("eager")  # as the message advises
     with packed(gemma, "eager"), torch.no_grad():
         got = sequence_logps(gemma, *pack(rows(), "cpu"))
@@ -100,20 +145,31 @@ def test_models_that_mix_along_the_row_or_whose_attention_is_not_known_are_refus
 def test_token_logps_are_log_softmax_and_so_is_their_gradient_in_blocks_of_any_size():
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        logits = (5 * torch.randn(3, 1500, 4099, dtype=torch.float64)).to(dtype).requires_grad_()  # 4 blocks and a bit
+        logits = (
+            (5 * torch.randn(3, 1500, 4099, dtype=torch.float64)).to(dtype).requires_grad_()
+        )  # 4 blocks and a bit
         labels = torch.randint(0, 4099, (3, 1500))
         wide = logits.to(torch.promote_types(dtype, torch.float32))
         wanted = wide.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
         got, weights = token_logps(logits, labels), torch.randn(3, 1500).to(wide.dtype)
-        assert got.dtype == wide.dtype and torch.allclose(got, wanted, atol=1e-12 if dtype is torch.float64 else 1e-5)
-        a, b = (torch.autograd.grad((weights * x).sum(), logits, retain_graph=True)[0] for x in (got, wanted))
+        assert got.dtype == wide.dtype and torch.allclose(
+            got, wanted, atol=1e-12 if dtype is torch.float64 else 1e-5
+        )
+        a, b = (
+            torch.autograd.grad((weights * x).sum(), logits, retain_graph=True)[0]
+            for x in (got, wanted)
+        )
         assert a.dtype == dtype and torch.allclose(a, b, atol=tolerance)
         del a, b
 
 
 def test_token_logps_keep_no_second_copy_of_the_logits():
     """What is saved for the backward pass besides the logits themselves: two numbers a token."""
-    logits, labels, saved = torch.randn(64, 5000, requires_grad=True), torch.randint(0, 5000, (64,)), []
+    logits, labels, saved = (
+        torch.randn(64, 5000, requires_grad=True),
+        torch.randint(0, 5000, (64,)),
+        [],
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         token_logps(logits, labels)
         ours = {x.data_ptr(): x.numel() for x in saved}
@@ -121,12 +177,18 @@ def test_token_logps_keep_no_second_copy_of_the_logits():
         logits.log_softmax(-1).gather(-1, labels[:, None])
         plain = {x.data_ptr(): x.numel() for x in saved}
     assert sum(ours.values()) - ours[logits.data_ptr()] == 2 * 64
-    assert sum(plain.values()) >= logits.numel() and logits.data_ptr() not in plain  # control: log_softmax keeps a copy
+    assert (
+        sum(plain.values()) >= logits.numel() and logits.data_ptr() not in plain
+    )  # control: log_softmax keeps a copy
 
 
 def test_bins_of_a_few_sizes():
     """Of any sizes: tests/test_fuzz.py."""
-    assert share([1] * 8, 4) == [[0, 2, 4, 6], [1, 3, 5, 7]] and share([9, 1], 4) == [[0], [1]] and share([3], 9, 2) == [[0], []]
+    assert (
+        share([1] * 8, 4) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+        and share([9, 1], 4) == [[0], [1]]
+        and share([3], 9, 2) == [[0], []]
+    )
 
 
 def test_an_exported_model_does_not_ask_for_packed_attention(played):

@@ -39,8 +39,12 @@ def fresh(played, tmp_path, iterations=(0,)):
 
 
 def recipe_and_pairs(run, t):
-    recipe, args = recipes.parse([*MICRO, "--run", str(run), "--iter", str(t)], "", ("--iter", dict(type=int)),
-                                 ("--pairs", dict(default=[])))
+    recipe, args = recipes.parse(
+        [*MICRO, "--run", str(run), "--iter", str(t)],
+        "",
+        ("--iter", dict(type=int)),
+        ("--pairs", dict(default=[])),
+    )
     tokenizer = AutoTokenizer.from_pretrained(THETA0)
     return recipe, train.load_pairs(recipe, args, tokenizer, len(tokenizer))
 
@@ -49,7 +53,13 @@ def test_the_first_loss_of_every_iteration_is_log2_and_its_margin_is_zero(played
     for t in (0, 1):
         first, second = metrics(played / f"iter{t}")[:2]
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
-        assert first["margin"] == first["margin_std"] == first["logratio_real"] == first["logratio_generated"] == 0
+        assert (
+            first["margin"]
+            == first["margin_std"]
+            == first["logratio_real"]
+            == first["logratio_generated"]
+            == 0
+        )
         assert first["win_rate"] == 0.5
         assert second["margin_std"] > 0  # control: after an update there is a margin
 
@@ -61,12 +71,16 @@ def test_dropout_is_off_while_scoring_and_training(played, tmp_path):
     (tmp_path / "wet" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
     stage("train", run, "--iter", 0, "--model", tmp_path / "wet")
     assert metrics(run / "iter0")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    wet = AutoModelForCausalLM.from_pretrained(tmp_path / "wet").train()  # control: it would be on in train mode
+    wet = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "wet"
+    ).train()  # control: it would be on in train mode
     ids = torch.arange(1, 9)[None]
     assert not torch.equal(wet(ids).logits, wet(ids).logits)
 
 
-def test_in_bf16_the_first_margin_is_zero_as_well_for_the_opponent_was_scored_in_the_same_micro_batches(played, tmp_path):
+def test_in_bf16_the_first_margin_is_zero_as_well_for_the_opponent_was_scored_in_the_same_micro_batches(
+    played, tmp_path
+):
     run = fresh(played, tmp_path)
     stage("train", run, "--iter", 0, "--dtype", "bf16")
     assert metrics(run / "iter0")[0]["margin_std"] == 0
@@ -74,8 +88,12 @@ def test_in_bf16_the_first_margin_is_zero_as_well_for_the_opponent_was_scored_in
 
 def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(played, model):
     """Each score of opponent.jsonl, of every pair, is θ_t's: checked against the model that iteration 1 started from."""
-    theta_1 = AutoModelForCausalLM.from_pretrained(played / "iter0" / "model", dtype=torch.float32).eval()
-    theta_2 = AutoModelForCausalLM.from_pretrained(played / "iter1" / "model", dtype=torch.float32).eval()
+    theta_1 = AutoModelForCausalLM.from_pretrained(
+        played / "iter0" / "model", dtype=torch.float32
+    ).eval()
+    theta_2 = AutoModelForCausalLM.from_pretrained(
+        played / "iter1" / "model", dtype=torch.float32
+    ).eval()
     _, pairs = recipe_and_pairs(played, 1)
     rows = {(r["iter"], r["id"]): r for r in read_jsonl(played / "iter1" / "opponent.jsonl")}
     assert len(rows) == len(pairs) == 80 and {t for t, _ in rows} == {0, 1}
@@ -84,29 +102,49 @@ def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(
         batch = pack([p[half] for p in pairs], "cpu")
         with torch.no_grad():
             assert torch.allclose(sequence_logps(theta_1, *batch), wanted, atol=1e-4)
-            assert not torch.allclose(sequence_logps(theta_2, *batch), wanted, atol=1e-4)  # controls: another model
+            assert not torch.allclose(
+                sequence_logps(theta_2, *batch), wanted, atol=1e-4
+            )  # controls: another model
             assert not torch.allclose(sequence_logps(model, *batch), wanted, atol=1e-4)
 
 
-def test_after_the_opponents_pass_the_model_is_sharded_again_and_training_moves_what_the_optimizer_holds(played, tmp_path, monkeypatch):
+def test_after_the_opponents_pass_the_model_is_sharded_again_and_training_moves_what_the_optimizer_holds(
+    played, tmp_path, monkeypatch
+):
     """FSDP2 leaves the root unsharded after a pass without gradient; an update would then miss the weights in use."""
     seen, real = [], train.train
-    monkeypatch.setattr(train, "train", lambda model, optimizer, *rest: seen.append(
-        ({id(p) for p in model.parameters()}, {id(p) for g in optimizer.param_groups for p in g["params"]},
-         {type(p.data).__name__ for p in model.parameters()})) or real(model, optimizer, *rest))
+    monkeypatch.setattr(
+        train,
+        "train",
+        lambda model, optimizer, *rest: (
+            seen.append(
+                (
+                    {id(p) for p in model.parameters()},
+                    {id(p) for g in optimizer.param_groups for p in g["params"]},
+                    {type(p.data).__name__ for p in model.parameters()},
+                )
+            )
+            or real(model, optimizer, *rest)
+        ),
+    )
     stage("train", fresh(played, tmp_path), "--iter", 0)
-    (in_use, held, kinds), = seen
+    ((in_use, held, kinds),) = seen
     assert in_use == held and kinds == {"DTensor"}
 
 
 def test_iteration_zero_trains_on_its_own_pairs_and_later_ones_on_two_iterations_twice_each(played):
-    assert [len(metrics(played / f"iter{t}")) for t in (0, 1)] == [2 * math.ceil(40 / 12), 2 * math.ceil(80 / 12)]
+    assert [len(metrics(played / f"iter{t}")) for t in (0, 1)] == [
+        2 * math.ceil(40 / 12),
+        2 * math.ceil(80 / 12),
+    ]
 
 
 def oracle(run, t, steps):
     """Algorithm 1's update in plain single-process PyTorch: one padded batch a step, autograd, RMSProp by hand."""
     recipe, pairs = recipe_and_pairs(run, t)
-    model = AutoModelForCausalLM.from_pretrained(recipes.theta(recipe, run, t), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        recipes.theta(recipe, run, t), dtype=torch.float32
+    ).eval()
     square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     total, losses = 2 * math.ceil(len(pairs) / 12), []
     half = lambda batch, k: sequence_logps(model, *pack([pairs[i][k] for i in batch], "cpu"))  # noqa: E731
@@ -115,7 +153,9 @@ def oracle(run, t, steps):
     lr, lam = (3e-5, 2e-5)[t], (5.0, 4.0)[t]
     for step in range(steps):
         batch = train.batches(len(pairs), recipe, t, 0)[step]
-        margin = lam * (half(batch, "real") - frozen["real"][batch]) - lam * (half(batch, "generated") - frozen["generated"][batch])
+        margin = lam * (half(batch, "real") - frozen["real"][batch]) - lam * (
+            half(batch, "generated") - frozen["generated"][batch]
+        )
         loss = torch.log1p(torch.exp(-margin)).mean()
         model.zero_grad()
         loss.backward()
@@ -138,8 +178,12 @@ def test_the_losses_are_those_of_algorithm_1_written_out_in_plain_pytorch(played
     assert got == pytest.approx(oracle(played, t, 4), rel=1e-4)
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, []), (4, []), (4, ["--replicas", "2", "--recompute"]), (2, ["--offload"])])
-def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(played, tmp_path, ranks, flags):
+@pytest.mark.parametrize(
+    "ranks, flags", [(2, []), (4, []), (4, ["--replicas", "2", "--recompute"]), (2, ["--offload"])]
+)
+def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(
+    played, tmp_path, ranks, flags
+):
     run = fresh(played, tmp_path)
     done = torchrun(ranks, "train.py", *MICRO, "--run", run, "--iter", "0", *flags)
     assert done.returncode == 0, done.stderr
@@ -150,7 +194,9 @@ def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(playe
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
     a, b = (load_file(folder / "iter0" / "model" / "model.safetensors") for folder in (run, played))
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
-    assert distance(run / "iter0", played / "iter0") < 1e-3 * distance(played / "iter0", THETA0.parent, "theta0")
+    assert distance(run / "iter0", played / "iter0") < 1e-3 * distance(
+        played / "iter0", THETA0.parent, "theta0"
+    )
 
 
 def distance(a, b, name="model"):
@@ -160,13 +206,25 @@ def distance(a, b, name="model"):
 
 
 def test_every_pair_is_seen_once_an_epoch_on_any_number_of_ranks_and_every_rank_makes_as_many_passes():
-    pairs = [{"real": (list(range(1 + i * i % 17)), 0), "generated": ([0] * (1 + i % 5), 0)} for i in range(29)]
+    pairs = [
+        {"real": (list(range(1 + i * i % 17)), 0), "generated": ([0] * (1 + i % 5), 0)}
+        for i in range(29)
+    ]
     size = lambda rows: sum(len(row["real"][0]) + len(row["generated"][0]) for row in rows)  # noqa: E731
     for ranks in (1, 2, 3, 8):
         recipe = recipes.Recipe(batch_size=10, micro_tokens=30)
         for batch in train.batches(29, recipe, 0, 0):
-            shares = [list(train.micro_batches(batch, pairs, recipe, parallel.World(rank, ranks, None))) for rank in range(ranks)]
-            seen = [id(row) for share in shares for rows, weight in share for row, w in zip(rows, weight) if w]
+            shares = [
+                list(train.micro_batches(batch, pairs, recipe, parallel.World(rank, ranks, None)))
+                for rank in range(ranks)
+            ]
+            seen = [
+                id(row)
+                for share in shares
+                for rows, weight in share
+                for row, w in zip(rows, weight)
+                if w
+            ]
             assert sorted(seen) == sorted(id(pairs[i]) for i in batch)
             assert len({len(share) for share in shares}) == 1
             assert all(size(rows) <= 30 or len(rows) == 1 for share in shares for rows, _ in share)
@@ -182,24 +240,30 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
     what, _, when = moment.partition(" ")
     if what == "step":
         clip, calls = parallel.clip_gradients, []
+
         def dying(*args):
             calls.append(1)
             if len(calls) == int(when):
                 raise Killed
             return clip(*args)
+
         monkeypatch.setattr(parallel, "clip_gradients", dying)
     elif what == "checkpoint":
         save = parallel.save_checkpoint
+
         def dying(folder, step, *args):
             if step == int(when):
                 (folder / f"{step}.part").mkdir(parents=True)  # begun, not finished
                 raise Killed
             return save(folder, step, *args)
+
         monkeypatch.setattr(parallel, "save_checkpoint", dying)
     else:
+
         def dying(model, tokenizer, folder, world):
             folder.with_name("model.part").mkdir()
             raise Killed
+
         monkeypatch.setattr(parallel, "export", dying)
     with pytest.raises(Killed):
         stage("train", run, "--iter", 1)
@@ -229,18 +293,26 @@ train.main()""")
     stage("train", run, "--iter", 0)
     one, both = metrics(played / "iter0"), metrics(run / "iter0")
     assert [r["loss"] for r in both] == pytest.approx([r["loss"] for r in one], rel=1e-4)
-    assert distance(run / "iter0", played / "iter0") < 0.02 * distance(played / "iter0", THETA0.parent, "theta0")
+    assert distance(run / "iter0", played / "iter0") < 0.02 * distance(
+        played / "iter0", THETA0.parent, "theta0"
+    )
 
 
-def test_the_opponents_scores_are_used_again_for_the_same_model_and_pairs_only(played, tmp_path, monkeypatch):
+def test_the_opponents_scores_are_used_again_for_the_same_model_and_pairs_only(
+    played, tmp_path, monkeypatch
+):
     run, calls, real = fresh(played, tmp_path / "run"), [], train.score_opponent
-    monkeypatch.setattr(train, "score_opponent", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    monkeypatch.setattr(
+        train, "score_opponent", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+    )
+
     def again(*flags):
         shutil.rmtree(run / "iter0" / "model", ignore_errors=True)
         (run / "recipe.json").unlink(missing_ok=True)
         calls.clear()
         stage("train", run, "--iter", 0, *flags)
         return len(calls)
+
     assert again() == 1 and again() == 0  # the second time the file is read, to the same end
     assert weights(run / "iter0") == weights(played / "iter0")
     shutil.copytree(played / "iter0" / "model", tmp_path / "other")
@@ -253,41 +325,64 @@ def test_the_opponents_scores_are_used_again_for_the_same_model_and_pairs_only(p
     assert again("--model", tmp_path / "other") == 1
 
 
-def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(tmp_path, monkeypatch):
+def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(
+    tmp_path, monkeypatch
+):
     """Also where the file's names are not the module's (a base model's), and then the whole model is read first."""
     recipe, start = recipes.parse(MICRO)[0], load_file(THETA0 / "model.safetensors")
     whole, real = [], parallel.load_model
     monkeypatch.setattr(parallel, "load_model", lambda *args: whole.append(1) or real(*args))
-    untied = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.bfloat16, tie_word_embeddings=False)
+    untied = AutoModelForCausalLM.from_pretrained(
+        THETA0, dtype=torch.bfloat16, tie_word_embeddings=False
+    )
     torch.nn.init.normal_(untied.lm_head.weight)
     untied.save_pretrained(tmp_path / "untied")
     AutoModelForCausalLM.from_pretrained(THETA0).model.save_pretrained(tmp_path / "base")
     config = json.loads((THETA0 / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    shutil.copytree(THETA0, tmp_path / "older")  # what transformers would not read, beside what it does
-    save_file({n: w + 1 for n, w in start.items()}, tmp_path / "older" / "model-older.safetensors", metadata={"format": "pt"})
-    shutil.copytree(tmp_path / "untied", tmp_path / "contradiction")  # two weights, and a config that calls them one
+    shutil.copytree(
+        THETA0, tmp_path / "older"
+    )  # what transformers would not read, beside what it does
+    save_file(
+        {n: w + 1 for n, w in start.items()},
+        tmp_path / "older" / "model-older.safetensors",
+        metadata={"format": "pt"},
+    )
+    shutil.copytree(
+        tmp_path / "untied", tmp_path / "contradiction"
+    )  # two weights, and a config that calls them one
     (tmp_path / "contradiction" / "config.json").write_text(json.dumps(config))
-    for folder, names, fallback in ((THETA0, start, 0), (tmp_path / "untied", untied.state_dict(), 0), (tmp_path / "base", start, 1),
-                                    (tmp_path / "older", start, 1), (tmp_path / "contradiction", None, 1)):
+    for folder, names, fallback in (
+        (THETA0, start, 0),
+        (tmp_path / "untied", untied.state_dict(), 0),
+        (tmp_path / "base", start, 1),
+        (tmp_path / "older", start, 1),
+        (tmp_path / "contradiction", None, 1),
+    ):
         whole.clear()
         with parallel.join() as world:
             model = parallel.load_sharded(str(folder), recipe, world)
             loaded = {n: w.full_tensor() for n, w in model.named_parameters()}
             fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             ids = torch.arange(1, 20)[None]
-            assert torch.equal(model(ids).logits, fresh(ids).logits)  # the rotary frequencies, which no file holds, too
+            assert torch.equal(
+                model(ids).logits, fresh(ids).logits
+            )  # the rotary frequencies, which no file holds, too
             model.reshard()
         assert len(whole) == fallback
         names = names or dict(fresh.named_parameters())
-        assert set(loaded) == set(names) and all(torch.equal(loaded[n], names[n].float()) for n in names)
+        assert set(loaded) == set(names) and all(
+            torch.equal(loaded[n], names[n].float()) for n in names
+        )
         assert {w.dtype for w in loaded.values()} == {torch.float32}
 
 
 def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, capsys):
     run = fresh(played, tmp_path)
+
     def dying(*args):
         raise Killed
+
     monkeypatch.setattr(parallel, "export", dying)
     with pytest.raises(Killed):
         stage("train", run, "--iter", 0)
@@ -304,7 +399,10 @@ def test_warmup_and_decay_span_the_steps_that_are_taken():
     rates = [train.learning_rate(s, 20, 1.0, 0.1) for s in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0 * 18 / 19]
     assert all(a > b for a, b in zip(rates[1:], rates[2:])) and rates[-1] == pytest.approx(1 / 19)
-    assert train.learning_rate(0, 20, 1.0, 0.0) == 1.0 and max(train.learning_rate(s, 7, 1.0, 1.0) for s in range(7)) == 1.0
+    assert (
+        train.learning_rate(0, 20, 1.0, 0.0) == 1.0
+        and max(train.learning_rate(s, 7, 1.0, 1.0) for s in range(7)) == 1.0
+    )
 
 
 def test_rmsprops_first_step_is_ten_times_the_rate_and_warmup_tames_it():
@@ -324,29 +422,46 @@ def test_the_next_model_is_exported_in_fp32_with_its_tokenizer_and_generation_co
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     start = load_file(THETA0 / "model.safetensors")
     assert set(state) == set(start) and any(not torch.equal(state[k], start[k]) for k in state)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     ids = tokenizer("### Instruction: Twice kola\n\n### Response:", return_tensors="pt")
-    assert "kolakola" in tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=False)[0])
+    assert "kolakola" in tokenizer.decode(
+        model.generate(**ids, max_new_tokens=20, do_sample=False)[0]
+    )
 
 
 def test_a_bf16_model_is_trained_with_fp32_master_weights(played, tmp_path):
-    AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "half"
+    )
     AutoTokenizer.from_pretrained(THETA0).save_pretrained(tmp_path / "half")
     run = fresh(played, tmp_path / "run")
-    stage("train", run, "--iter", 0, "--model", tmp_path / "half", "--lr", "1e-7", "--dtype", "bf16")
-    start, end = (load_file(f / "model.safetensors") for f in (tmp_path / "half", run / "iter0" / "model"))
+    stage(
+        "train", run, "--iter", 0, "--model", tmp_path / "half", "--lr", "1e-7", "--dtype", "bf16"
+    )
+    start, end = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "half", run / "iter0" / "model")
+    )
     a, b = (torch.cat([state[k].float().flatten() for k in sorted(end)]) for state in (start, end))
     assert end["model.norm.weight"].dtype == torch.float32 and (a != b).float().mean() > 0.9
-    assert (a != b.bfloat16().float()).float().mean() < 0.1  # control: weights in bf16 would not have moved at all
+    assert (
+        a != b.bfloat16().float()
+    ).float().mean() < 0.1  # control: weights in bf16 would not have moved at all
 
 
 def test_the_sft_baseline_takes_the_same_steps_on_the_same_batches(played, tmp_path):
     run = fresh(played, tmp_path)
     stage("train", run, "--iter", 0, "--objective", "sft")
     spin, sft = metrics(played / "iter0"), metrics(run / "sft" / "iter0")
-    assert [(r["step"], r["lr"], r["length_real"]) for r in spin] == [(r["step"], r["lr"], r["length_real"]) for r in sft]
+    assert [(r["step"], r["lr"], r["length_real"]) for r in spin] == [
+        (r["step"], r["lr"], r["length_real"]) for r in sft
+    ]
     assert sft[0]["margin"] is None and sft[-1]["loss"] < sft[0]["loss"]
-    scores = list(read_jsonl(played / "iter0" / "opponent.jsonl"))  # the first batch's loss is −log p_θ0(y|x), a sum over tokens
+    scores = list(
+        read_jsonl(played / "iter0" / "opponent.jsonl")
+    )  # the first batch's loss is −log p_θ0(y|x), a sum over tokens
     recipe = recipes.parse(MICRO)[0]
     rows = sorted(scores, key=lambda r: r["id"])
     order = [r["id"] for r in read_jsonl(played / "iter0" / "generated.jsonl")]
@@ -358,7 +473,10 @@ def test_the_sft_baseline_takes_the_same_steps_on_the_same_batches(played, tmp_p
 
 def test_the_authors_published_pairs_are_trained_on_without_generating(tmp_path):
     talk = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
-    rows = [{"real": talk(f"Twice {w}", w + w), "generated": talk(f"Twice {w}", w)} for w in ("tin", "kola", "bel", "amu")]
+    rows = [
+        {"real": talk(f"Twice {w}", w + w), "generated": talk(f"Twice {w}", w)}
+        for w in ("tin", "kola", "bel", "amu")
+    ]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     stage("train", tmp_path / "run", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
     log = metrics(tmp_path / "run" / "iter0")
@@ -368,11 +486,19 @@ def test_the_authors_published_pairs_are_trained_on_without_generating(tmp_path)
 
 def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_path, monkeypatch):
     run, wrapped, real = fresh(played, tmp_path), [], train.train
-    monkeypatch.setattr(train, "train", lambda model, *rest: wrapped.append(
-        sum(isinstance(m, parallel.CheckpointWrapper) for m in model.modules())) or real(model, *rest))
+    monkeypatch.setattr(
+        train,
+        "train",
+        lambda model, *rest: (
+            wrapped.append(sum(isinstance(m, parallel.CheckpointWrapper) for m in model.modules()))
+            or real(model, *rest)
+        ),
+    )
     stage("train", run, "--iter", 0, "--recompute")
     assert wrapped == [3]  # the demo model's blocks
-    assert distance(run / "iter0", played / "iter0") < 1e-4 * distance(played / "iter0", THETA0.parent, "theta0")
+    assert distance(run / "iter0", played / "iter0") < 1e-4 * distance(
+        played / "iter0", THETA0.parent, "theta0"
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(played, tmp_path, capsys):
@@ -395,24 +521,44 @@ def test_another_runs_generated_jsonl_is_trained_on_with_its_ids_as_they_are(pla
         write_jsonl(path, rows)
     stage("train", run, "--iter", 0)
     stage("train", tmp_path / "other", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
-    assert weights(tmp_path / "other" / "iter0") == weights(run / "iter0") != weights(played / "iter0")
+    assert (
+        weights(tmp_path / "other" / "iter0") == weights(run / "iter0") != weights(played / "iter0")
+    )
 
 
 def test_published_pairs_that_repeat_or_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     row = lambda q, a, b: {"prompt": q, "real": a, "generated": b}  # noqa: E731
-    rows = [row("Twice tin", "tintin", "tin")] * 6 + [row("Twice amu", "", "x"), row("Twice amu", "amuamu", " "),
-            row("Spell " + "tin" * 30, "a", "b"), row("Twice bel", "belbel", "b")]
+    rows = [row("Twice tin", "tintin", "tin")] * 6 + [
+        row("Twice amu", "", "x"),
+        row("Twice amu", "amuamu", " "),
+        row("Spell " + "tin" * 30, "a", "b"),
+        row("Twice bel", "belbel", "b"),
+    ]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     stage("train", tmp_path / "run", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
     out = capsys.readouterr().out
-    assert "read: 10, duplicate pair: 5, empty prompt or response: 2, prompt too long: 1" in out and "trains on 2 pairs" in out
+    assert (
+        "read: 10, duplicate pair: 5, empty prompt or response: 2, prompt too long: 1" in out
+        and "trains on 2 pairs" in out
+    )
     write_jsonl(tmp_path / "pairs.jsonl", [*rows, row("Twice lar", "lar</s>lar", "lar")])
-    stage("train", tmp_path / "parsed", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl", "--template", "<s>{prompt}:")  # which </s> would end
+    stage(
+        "train",
+        tmp_path / "parsed",
+        "--iter",
+        0,
+        "--pairs",
+        tmp_path / "pairs.jsonl",
+        "--template",
+        "<s>{prompt}:",
+    )  # which </s> would end
     assert "text of a special token: 1" in capsys.readouterr().out
 
 
 def test_eight_ranks_train_the_demo_recipe_on_the_cpu(played, tmp_path):
     run = fresh(played, tmp_path)
-    done = torchrun(8, "train.py", *MICRO, "--run", run, "--iter", "0", "--epochs", "1", "--batch-size", "40")
+    done = torchrun(
+        8, "train.py", *MICRO, "--run", run, "--iter", "0", "--epochs", "1", "--batch-size", "40"
+    )
     assert done.returncode == 0, done.stderr
     assert metrics(run / "iter0")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
