@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 8 evaluate.py --iter 0   data-parallel: each rank takes its share of the prompts
     python evaluate.py --compare A B                   two models on the same held-out prompts: B − A, with 95% intervals
     python evaluate.py --iter 3 --tasks paper          Table 4 by the LM Evaluation Harness: RUN/iter3/benchmarks.json;
-                                                       or --tasks extra (Table 6), or the harness's own names; see harness.py
+                                                       or --tasks extra (Table 6), or the harness's own names; see lm_harness.py
     python evaluate.py --model DIR --mt-bench question.jsonl --out NAME.jsonl    answers for FastChat's judge
 
 Keys of the result, each but n with its standard error over prompts (_stderr):
@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import harness
-import mt_bench
-import parallel
-from data import (
+from loss import sequence_logps, spin_margin
+from spin import distributed, lm_harness, mt_bench
+from spin.data import (
     check_prompts,
     counts_line,
     decode,
@@ -38,11 +37,10 @@ from data import (
     select,
     write_jsonl,
 )
-from files import SHOWN, fail, one_line, write_whole
-from loss import sequence_logps, spin_margin
-from packing import pack, packed, share
-from recipe import at, check_model, check_run, iter_dir, parse, save_run, theta
-from sample import sample, uniforms
+from spin.files import SHOWN, fail, one_line, write_whole
+from spin.packing import pack, packed, share
+from spin.recipe import at, check_model, check_run, iter_dir, parse, save_run, theta
+from spin.sampling import sample, uniforms
 
 COLUMNS = (
     "exact_probability",
@@ -116,7 +114,7 @@ def main(argv=None):
         pair["real"] for pair in held_out(opponent, recipe)[0]
     ]:
         fail(f"{policy} and {opponent} have different tokenizers: they cannot play")
-    with parallel.join() as world:
+    with distributed.join() as world:
         if world.rank == 0:
             print(f"evaluates {policy} on {len(pairs)} held-out prompts ({counts_line(counts)})")
         table, shown = figures_by_prompt(policy, opponent, pairs, tokenizer, recipe, t, world)
@@ -210,7 +208,7 @@ def figures_by_prompt(policy, opponent, pairs, tokenizer, recipe, t, world):
         policy, opponent, [pairs[i] for i in order], pairs[:SHOWN], tokenizer, recipe, t, world
     )
     table[order] = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
-    return parallel.all_sum(table).numpy(), shown  # each row was filled by one rank
+    return distributed.all_sum(table).numpy(), shown  # each row was filled by one rank
 
 
 @torch.no_grad()
@@ -228,7 +226,7 @@ def play_held_out(policy, opponent, pairs, show, tokenizer, recipe, t, world) ->
     )
     played = []  # of each chunk: the opponent's answers, log p_θt of the real and of the generated
     if opponent:
-        model = parallel.load_frozen(opponent, recipe, world)
+        model = distributed.load_frozen(opponent, recipe, world)
         for chunk in chunks:
             generated = [
                 encode(tokenizer, recipe.template, pair, ids)
@@ -243,7 +241,7 @@ def play_held_out(policy, opponent, pairs, show, tokenizer, recipe, t, world) ->
             )
             bar.update()
         del model
-    model = parallel.load_frozen(policy, recipe, world)
+    model = distributed.load_frozen(policy, recipe, world)
     rows = []
     for k, chunk in enumerate(chunks):
         real = logps(model, [pair["real"] for pair in chunk], recipe)
@@ -363,7 +361,7 @@ def compare(a, b, recipe, out):
     (pairs, tokenizer, _), (others, _, _) = held_out(a, recipe), held_out(b, recipe)
     if [p["real"] for p in pairs] != [p["real"] for p in others]:
         fail(f"{a} and {b} have different tokenizers: their figures are not about the same tokens")
-    with parallel.join() as world:
+    with distributed.join() as world:
         tables = [
             figures_by_prompt(name, None, pairs, tokenizer, recipe, 0, world)[0] for name in (a, b)
         ]
@@ -419,18 +417,18 @@ def paired_bootstrap(a, b, seed: int, resamples: int = 10_000):
 def benchmark(policy, recipe, args, out):
     """--tasks: the harness's figures of the model, printed beside the paper's and written to out."""
     tokenizer, _ = load_tokenizer(policy, recipe)
-    manager, tasks = harness.load_tasks(
-        args.tasks, args.tasks_data, harness.positions(policy, recipe)
+    manager, tasks = lm_harness.load_tasks(
+        args.tasks, args.tasks_data, lm_harness.positions(policy, recipe)
     )
-    with parallel.join() as world:
-        model = parallel.load_frozen(policy, recipe, world)
-        found = harness.run(
-            model, tokenizer, manager, tasks, args.limit, recipe.slots, world, parallel.all_sum
+    with distributed.join() as world:
+        model = distributed.load_frozen(policy, recipe, world)
+        found = lm_harness.run(
+            model, tokenizer, manager, tasks, args.limit, recipe.slots, world, distributed.all_sum
         )
     if world.rank == 0:
-        for name in harness.TABLES:
-            if table := harness.beside_the_paper(name, {policy: found}):
-                print(*harness.text_table(*table), harness.DIFFERS, sep="\n")
+        for name in lm_harness.TABLES:
+            if table := lm_harness.beside_the_paper(name, {policy: found}):
+                print(*lm_harness.text_table(*table), lm_harness.DIFFERS, sep="\n")
         if args.limit:
             print(f"--limit {args.limit}: a quick look, not the benchmark")
         if out:

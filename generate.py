@@ -20,8 +20,8 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-import parallel
-from data import (
+from spin import distributed
+from spin.data import (
     check_prompts,
     counts_line,
     decode,
@@ -31,9 +31,9 @@ from data import (
     select,
     write_jsonl,
 )
-from files import check_json, check_lines, fail, identity, one_line, write_whole
-from recipe import check_run, iter_dir, parse, save_run, theta
-from sample import ENGINES, uniforms
+from spin.files import check_json, check_lines, fail, identity, one_line, write_whole
+from spin.recipe import check_run, iter_dir, parse, save_run, theta
+from spin.sampling import ENGINES, uniforms
 
 
 @one_line
@@ -74,9 +74,9 @@ def main(argv=None):
             f"the answers in {parts[0].parent} are not known to be those of {opponent}: delete that folder and run this again"
         )
 
-    with parallel.join() as world:
-        model = parallel.load_frozen(opponent, recipe, world)
-        parallel.barrier()  # nobody writes before everybody has seen what is missing and has its model
+    with distributed.join() as world:
+        model = distributed.load_frozen(opponent, recipe, world)
+        distributed.barrier()  # nobody writes before everybody has seen what is missing and has its model
         if world.rank == 0:
             print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(counts)})")
             save_run(recipe, args.run)
@@ -86,7 +86,7 @@ def main(argv=None):
         parts[0].parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         begun, tokens = time.perf_counter(), 0
-        for k in parallel.queue(len(chunks)):
+        for k in distributed.queue(len(chunks)):
             if k in missing:
                 rows = answer(model, tokenizer, chunks[k], recipe, t)
                 write_jsonl(parts[k], rows)
@@ -96,7 +96,7 @@ def main(argv=None):
             )
             bar.update(k + 1 - bar.n)  # those before k are taken too, by any rank
         bar.close()
-        parallel.barrier()
+        distributed.barrier()
         if world.rank == 0:
             warning = collapse(merge(parts, out))
             shutil.rmtree(parts[0].parent)

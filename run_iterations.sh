@@ -10,6 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=paper
 if [[ $# -gt 0 && $1 != -* ]]; then recipe=$1; shift; fi
 python=${PYTHON:-python}
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 for flag in "$@"; do  # what this script decides itself
   case $flag in --recipe*|--objective*|--iter|--iter=*|--pairs*|--theta0)
     echo "error: $flag is not for run_iterations.sh: name the recipe first (demo, small, paper), or call the stages yourself" >&2
@@ -27,7 +28,7 @@ if [[ $recipe == paper && $((gpus * nodes)) -lt 8 ]]; then
   exit 2
 fi
 
-plan=$("$python" "$here/recipe.py" --recipe "$recipe" "$@") || exit $?
+plan=$("$python" -m spin.recipe --recipe "$recipe" "$@") || exit $?
 IFS=$'\t' read -r run iterations baseline <<<"$plan"
 
 launch=("$python")
@@ -70,5 +71,5 @@ newer=$(find "$run" \( -name eval.json -o -name benchmarks.json \) -newer "$run/
 if [[ $did == 0 && -z $newer ]]; then
   echo "nothing to do: $run is complete, see $run/report.html"
 elif [[ ${NODE_RANK:-0} == 0 ]]; then
-  "$python" "$here/report.py" --recipe "$recipe" --run "$run" "$@"
+  "$python" -m spin.report --recipe "$recipe" --run "$run" "$@"
 fi

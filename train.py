@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
-from data import (
+from loss import sequence_logps, sft_loss, spin_loss, spin_margin
+from spin import distributed
+from spin.data import (
     check_ids,
     check_prompts,
     counts_line,
@@ -40,10 +41,9 @@ from data import (
     to_pair,
     write_jsonl,
 )
-from files import check_json, fail, identity, one_line, write_whole
-from loss import sequence_logps, sft_loss, spin_loss, spin_margin
-from packing import pack, packed, share
-from recipe import at, check_run, iter_dir, parse, save_run, theta, tied
+from spin.files import check_json, fail, identity, one_line, write_whole
+from spin.packing import pack, packed, share
+from spin.recipe import at, check_run, iter_dir, parse, save_run, theta, tied
 
 
 @one_line
@@ -78,9 +78,9 @@ def main(argv=None):
         "recipe": tied(recipe),
     }
 
-    with parallel.join() as world:
-        model = parallel.load_sharded(start, recipe, world)
-        parallel.barrier()  # nobody writes before everybody has its model
+    with distributed.join() as world:
+        model = distributed.load_sharded(start, recipe, world)
+        distributed.barrier()  # nobody writes before everybody has its model
         if world.rank == 0:
             print(f"theta_{t} ({start}) trains on {len(pairs)} pairs, objective {recipe.objective}")
         out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def main(argv=None):
         optimizer = torch.optim.RMSprop(
             model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False
         )
-        done = parallel.load_checkpoint(out / "checkpoint", note, model, optimizer)
+        done = distributed.load_checkpoint(out / "checkpoint", note, model, optimizer)
         with packed(model, recipe.attention):
             if world.rank == 0:
                 save_run(recipe, args.run)
@@ -97,9 +97,9 @@ def main(argv=None):
                 if recipe.objective == "spin"
                 else None
             )
-            with parallel.preemption() as asked:
+            with distributed.preemption() as asked:
                 train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done, asked)
-                parallel.export(model, tokenizer, out / "model", world)
+                distributed.export(model, tokenizer, out / "model", world)
         if world.rank == 0:
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
             print(f"{out / 'model'}: theta_{t + 1}")
@@ -142,19 +142,19 @@ def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done, 
             ((values["loss"] * weight.to(world.device)).sum() * world.size / len(batch)).backward()
             sums += measure(values, rows, weight)
             losses.append((rows, values["loss"].detach()))
-        wrong = [not sums.isfinite().all(), parallel.broken(p.grad for p in model.parameters())]
-        norm = parallel.clip_gradients(model, recipe.clip).item()
+        wrong = [not sums.isfinite().all(), distributed.broken(p.grad for p in model.parameters())]
+        norm = distributed.clip_gradients(model, recipe.clip).item()
         optimizer.step()
         optimizer.zero_grad()
-        *wrong, leave = parallel.on_all(
-            [*wrong, parallel.broken(model.parameters()), bool(asked)], world
+        *wrong, leave = distributed.on_all(
+            [*wrong, distributed.broken(model.parameters()), bool(asked)], world
         )
         if torch.stack(wrong).any():
             bar.close()
             fail(
                 f"step {step} of iteration {t}: {not_finite(wrong, losses, batch, pairs, out / 'checkpoint')}"
             )
-        means = dict(zip([*values, *LENGTHS], (parallel.all_sum(sums) / len(batch)).tolist()))
+        means = dict(zip([*values, *LENGTHS], (distributed.all_sum(sums) / len(batch)).tolist()))
         if "margin" in means:
             means["margin_std"] = math.sqrt(
                 max(0.0, means["margin_std"] - means["margin"] ** 2)
@@ -184,7 +184,7 @@ def train(model, optimizer, pairs, opponent, recipe, t, world, out, note, done, 
             tqdm.write(f"warning: step {step} of iteration {t}: {warning}", file=sys.stderr)
             warned = True
         if leave.any() or (step + 1) % recipe.checkpoint_every == 0 and step + 1 < len(steps):
-            parallel.save_checkpoint(out / "checkpoint", step + 1, note, model, optimizer, world)
+            distributed.save_checkpoint(out / "checkpoint", step + 1, note, model, optimizer, world)
         if leave.any():
             bar.close()
             if world.rank == 0:
@@ -286,7 +286,7 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
                     if w:
                         scores[row["index"]] = pair_scores
     model.reshard()  # FSDP2 leaves the root unsharded after a pass without gradient
-    return parallel.all_sum(scores)  # every pair was scored by one rank; the others hold zeros
+    return distributed.all_sum(scores)  # every pair was scored by one rank; the others hold zeros
 
 
 def load_opponent(path, pairs):
@@ -478,7 +478,7 @@ def not_finite(wrong, losses, batch, pairs, checkpoint) -> str:
     guilty = torch.zeros(len(pairs))
     for rows, loss in losses:
         guilty[[row["index"] for row in rows]] = (~loss.isfinite()).float().cpu()
-    guilty = parallel.all_sum(guilty).tolist()
+    guilty = distributed.all_sum(guilty).tolist()
     names = [(pairs[i]["iter"], pairs[i]["id"]) for i in batch if guilty[i] or not any(guilty)]
     kept = (
         f"the last good checkpoint is in {checkpoint}"

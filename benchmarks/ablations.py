@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from report import BLUE, ORANGE, chart  # noqa: E402
+from spin.report import BLUE, ORANGE, chart
 
 KEY = "expected_exact_match"
 SIZES, EPOCHS = (256, 512, 1024, 2048), (1, 2, 4, 6)

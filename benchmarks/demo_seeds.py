@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate  # noqa: E402
-import generate  # noqa: E402
-import train  # noqa: E402
+import evaluate
+import generate
+import train
 
 
 def main():

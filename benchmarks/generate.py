@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/generate.py --memory 50000
 
 Authors' way: batches of 16 in the order of the data, padded on the left, model.generate with do_sample, at most 256 new
-tokens; a batch waits for its longest answer. Ours: the engines of sample.py on all prompts at once, longest first as in
+tokens; a batch waits for its longest answer. Ours: the engines of sampling.py on all prompts at once, longest first as in
 generate.py. A random model ends at random, so lengths are set: log-normal (--median tokens, sigma 0.8, cut at 256). The EOS
 is forced there and forbidden before, in both by one write a step into the logits' EOS column; `paged` lets no processor
 know its rows, and gets each length as its request's own limit. Prompts: random tokens, log-normal too (median 64, at most 512).
@@ -35,7 +35,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-import sample  # noqa: E402
+from spin import sampling
 
 SHAPES = {
     "demo": dict(
@@ -93,14 +93,14 @@ def authors(model, prompts, lengths, slots):
             generation_config=config,
             logits_processor=LogitsProcessorList([end]),
         )
-        answers += [len(sample.until(EOS, row)[0]) for row in out[:, width:].tolist()]
+        answers += [len(sampling.until(EOS, row)[0]) for row in out[:, width:].tolist()]
         steps += out.shape[1] - width
     return answers, steps, 16
 
 
 def generate(model, prompts, lengths, slots):
     """Ours; the uniform number 2, which does not occur otherwise, stands for the end."""
-    u, steps, choose = np.random.default_rng(0).random((len(prompts), LONGEST)), [], sample.choose
+    u, steps, choose = np.random.default_rng(0).random((len(prompts), LONGEST)), [], sampling.choose
     u[np.arange(len(prompts)), np.asarray(lengths) - 1] = 2
 
     def forced(logits, u, *rest):
@@ -110,10 +110,12 @@ def generate(model, prompts, lengths, slots):
             logits, u.clamp(max=0.5), *rest
         )  # where it ends, any u gives the EOS; elsewhere the token does not matter
 
-    sample.choose = forced
+    sampling.choose = forced
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers = sample.sample(model, [prompts[i] for i in order], EOS, LONGEST, u[order], slots=slots)
-    sample.choose = choose
+    answers = sampling.sample(
+        model, [prompts[i] for i in order], EOS, LONGEST, u[order], slots=slots
+    )
+    sampling.choose = choose
     return [n for _, n in sorted(zip(order, [len(ids) for ids, _ in answers]))], len(steps), slots
 
 
@@ -126,7 +128,7 @@ def paged(model, prompts, lengths, slots):
     ContinuousBatchingManager.add_request = lambda self, input_ids, **rest: add(
         self, input_ids, **{**rest, "max_new_tokens": limit[tuple(input_ids)]}
     )
-    answers = sample.paged(
+    answers = sampling.paged(
         model, prompts, -1, LONGEST, np.random.default_rng(0).random((1, 1)), slots=slots
     )
     ContinuousBatchingManager.add_request = add

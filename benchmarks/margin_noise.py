@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import parallel  # noqa: E402
-import recipe as recipes  # noqa: E402
-import train  # noqa: E402
-from data import load_tokenizer  # noqa: E402
-from packing import packed  # noqa: E402
+import train
+from spin import distributed
+from spin import recipe as recipes
+from spin.data import load_tokenizer
+from spin.packing import packed
 
 
 def main():
@@ -25,8 +25,8 @@ def main():
     args.iter = 0
     start = recipes.theta(recipe, args.run, 0)
     pairs = train.load_pairs(recipe, args, *load_tokenizer(start, recipe))
-    with parallel.join() as world:
-        model = parallel.load_sharded(start, recipe, world)
+    with distributed.join() as world:
+        model = distributed.load_sharded(start, recipe, world)
         score = lambda epoch: train.score_opponent(model, pairs, recipe, 0, world, epoch)  # noqa: E731
         with packed(model, recipe.attention):
             scores = [score(0), score(0), score(1)]

@@ -26,10 +26,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import parallel  # noqa: E402
-import train  # noqa: E402
-from packing import packed  # noqa: E402
-from recipe import Recipe  # noqa: E402
+import train
+from spin import distributed
+from spin.packing import packed
+from spin.recipe import Recipe
 
 SHAPES = {
     "7b": lambda: MistralConfig(),  # 7.24B parameters
@@ -141,7 +141,7 @@ def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
             config
         ).eval()
     block_weights = sum(p.numel() for p in model.model.layers.parameters())
-    model = parallel.shard(model, recipe, world)
+    model = distributed.shard(model, recipe, world)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-9, foreach=False)
     tokens, seconds = [], []
     if world.device.type == "cuda":
@@ -158,7 +158,7 @@ def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
                     logps, opponent[[row["index"] for row in rows]].to(logps), 1e-4, "logistic"
                 )
                 (values["loss"].sum() / len(batch)).backward()
-            parallel.clip_gradients(model, 1.0).item()
+            distributed.clip_gradients(model, 1.0).item()
             optimizer.step()
             optimizer.zero_grad()
             if world.device.type == "cuda":
@@ -195,8 +195,8 @@ def main():
     )
     parser.add_argument("--rows", nargs="+", choices=list(KNOBS), default=list(KNOBS))
     args = parser.parse_args()
-    with parallel.join() as world:
-        config, dtype = SHAPES[args.shape](), parallel.compute_dtype("auto", world.device)
+    with distributed.join() as world:
+        config, dtype = SHAPES[args.shape](), distributed.compute_dtype("auto", world.device)
         pairs = make_pairs(args.pairs * world.size * (args.steps + 1), config.vocab_size)
         ceiling = matmul_rate(world.device, dtype, 8192 if world.device.type == "cuda" else 2048)
         if world.rank == 0:

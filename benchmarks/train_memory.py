@@ -21,11 +21,12 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import parallel  # noqa: E402
-import train  # noqa: E402
-from data import write_jsonl  # noqa: E402
-from recipe import Recipe  # noqa: E402
-from train_gpu import SHAPES  # noqa: E402
+from train_gpu import SHAPES
+
+import train
+from spin import distributed
+from spin.data import write_jsonl
+from spin.recipe import Recipe
 
 DEMO = HERE.parent / "demo" / "theta0"
 
@@ -100,9 +101,9 @@ def main():
         train.main(sys.argv[2:])
         return print("MiB", resident())
     if sys.argv[1:2] == ["--load"]:
-        with parallel.join() as world:
+        with distributed.join() as world:
             before = resident()
-            parallel.load_sharded(sys.argv[2], Recipe(), world)
+            distributed.load_sharded(sys.argv[2], Recipe(), world)
             return sys.stdout.write(
                 f"MiB {resident() - before:.0f}\n"
             )  # whole, beside the other ranks' lines

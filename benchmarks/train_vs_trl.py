@@ -26,11 +26,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import parallel  # noqa: E402
-import train  # noqa: E402
-from packing import packed  # noqa: E402
-from recipe import Recipe  # noqa: E402
-from train_gpu import SHAPES, flops, matmul_rate  # noqa: E402
+from train_gpu import SHAPES, flops, matmul_rate
+
+import train
+from spin import distributed
+from spin.packing import packed
+from spin.recipe import Recipe
 
 SYSTEMS = ("ours", "trl", "trl, scores beforehand", "trl, scores beforehand, 4 × 2 pairs")
 BATCH = 8
@@ -52,8 +53,8 @@ def make_pairs(n: int, vocabulary: int, prompt=(50, 150), half=(200, 601)) -> li
 
 def ours(model_dir, pairs, recipe, out) -> tuple[list[float], float]:
     """(losses, seconds) of one epoch, by train.py's own functions."""
-    with parallel.join() as world:
-        model = parallel.load_sharded(model_dir, recipe, world)
+    with distributed.join() as world:
+        model = distributed.load_sharded(model_dir, recipe, world)
         optimizer = torch.optim.RMSprop(
             model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False
         )

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import encode, write_jsonl  # noqa: E402
-from loss import token_logps  # noqa: E402
+from loss import token_logps
+from spin.data import encode, write_jsonl
 
 TRAIN, HELDOUT = 2048, 512
 

@@ -18,9 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from loss import ELL, sequence_logps, sft_loss, spin_loss  # noqa: E402
-from packing import pack, packed  # noqa: E402
-from report import chart  # noqa: E402
+from loss import ELL, sequence_logps, sft_loss, spin_loss
+from spin.packing import pack, packed
+from spin.report import chart
 
 PROMPTS, LETTERS, LONGEST, EOS = (
     4,

@@ -12,12 +12,12 @@ sys.path.insert(0, str(REPO))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import evaluate  # noqa: E402
-import generate  # noqa: E402
-import train  # noqa: E402
+import evaluate
+import generate
+import train
 
 torch.set_num_threads(1)
 THETA0 = REPO / "demo" / "theta0"

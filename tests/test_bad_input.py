@@ -26,9 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from data import read_jsonl, write_jsonl
-from recipe import Recipe, flag
-
+from spin.data import read_jsonl, write_jsonl
+from spin.recipe import Recipe, flag
 
 SMALL = dict(
     vocab_size=88,
@@ -646,7 +645,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_changes_nothing(
     if name not in LOADS:
         for function in ("load_model", "load_sharded", "load_frozen"):
             monkeypatch.setattr(
-                f"parallel.{function}", lambda *args: pytest.fail("weights were loaded")
+                f"spin.distributed.{function}", lambda *args: pytest.fail("weights were loaded")
             )
     line = refused(lambda: stage(script, folder, *flags))
     assert word in line and len(line) < 1100, line
@@ -801,9 +800,9 @@ def test_the_shell_gives_exit_code_2_and_one_line_in_every_stage(tmp_path):
         ("generate.py", ["--iter", "0", "--lr", "nan"]),
         ("train.py", ["--iter", "1"]),
         ("evaluate.py", ["--model", "no/such/x"]),
-        ("report.py", []),
+        ("-m spin.report", []),
     ):
-        done = shell(sys.executable, script, *MICRO, "--run", tmp_path / "run", *flags)
+        done = shell(sys.executable, *script.split(), *MICRO, "--run", tmp_path / "run", *flags)
         assert done.returncode == 2 and re.fullmatch(r"error: [^\n]*\n", done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
 

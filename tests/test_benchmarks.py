@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(REPO / "benchmarks"))
-import train_gpu  # noqa: E402
+import train_gpu
 
-from loss import sequence_logps  # noqa: E402
-from packing import pack  # noqa: E402
+from loss import sequence_logps
+from spin.packing import pack
 
 
 def test_the_training_benchmark_prints_a_row_for_each_setting():

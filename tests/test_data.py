@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from data import decode, encode, holds_special, read_rows, render, select, to_pair, write_jsonl
+from spin.data import decode, encode, holds_special, read_rows, render, select, to_pair, write_jsonl
 
 USER, BOT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 WANTED = {"prompt": "Hi?", "real": "Hello."}

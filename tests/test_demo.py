@@ -6,9 +6,9 @@ import sys
 from conftest import REPO, THETA0
 
 sys.path.insert(0, str(REPO / "demo"))
-import make_demo  # noqa: E402
+import make_demo
 
-from data import decode, encode, read_jsonl  # noqa: E402
+from spin.data import decode, encode, read_jsonl
 
 
 def test_the_sft_set_is_what_the_script_makes_and_training_and_held_out_prompts_are_disjoint():

@@ -14,12 +14,12 @@ from conftest import MICRO, REPO, THETA0, shell, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
-import recipe as recipes
-import report
-from data import encode, read_jsonl, read_rows, select
 from loss import sequence_logps
-from packing import pack
-from sample import sample, uniforms
+from spin import recipe as recipes
+from spin import report
+from spin.data import encode, read_jsonl, read_rows, select
+from spin.packing import pack
+from spin.sampling import sample, uniforms
 
 
 def held_out():
@@ -373,7 +373,7 @@ def test_the_readme_quotes_the_code_that_runs():
         (REPO / "README.md").read_text(),
         "".join(p.read_text() for p in (REPO / "tests").glob("*.py")),
     )
-    for file, line in re.findall(r"`(\w+\.py)`: `([^`]+)` \|", readme):
+    for file, line in re.findall(r"`([\w/]+\.py)`: `([^`]+)` \|", readme):
         assert line in (REPO / file).read_text(), line
     named = re.findall(r"`(test_\w+)(…?)`", readme)
     assert len(named) > 12 and all(f"def {name}" in tests for name, _ in named)

@@ -21,11 +21,9 @@ from safetensors.torch import load_file, save_file
 from test_train import fresh, metrics, weights
 
 import generate
-import parallel
-import report
-import sample
 import train
-from data import read_jsonl, write_jsonl
+from spin import distributed, report, sampling
+from spin.data import read_jsonl, write_jsonl
 
 
 def test_ten_random_faults_end_with_the_same_bytes_or_a_named_refusal():
@@ -207,13 +205,14 @@ def test_a_full_disk_is_one_line_where_no_ranks_have_met_too(name, played, tmp_p
 def test_a_rank_that_dies_takes_the_job_down_within_a_minute_with_its_own_message(played, tmp_path):
     run, script = fresh(played, tmp_path), tmp_path / "dying.py"
     script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
-import os, parallel, train
-clip, calls = parallel.clip_gradients, []
+import os, train
+from spin import distributed
+clip, calls = distributed.clip_gradients, []
 def dying(*args):
     calls.append(1)
     if len(calls) == 3 and os.environ["RANK"] == "1": raise RuntimeError("the memory of this card is gone")
     return clip(*args)
-parallel.clip_gradients = dying
+distributed.clip_gradients = dying
 train.main()""")
     begun = time.perf_counter()
     done = torchrun(2, script, *MICRO, "--run", run, "--iter", "0")
@@ -237,7 +236,7 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_iteration_ends_with_
 ):
     run = fresh(played, tmp_path, (0, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(distributed, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             stage("train", run, "--iter", 1)
     folder = run / "iter1" / "checkpoint"
@@ -259,7 +258,7 @@ def test_a_checkpoint_whose_recipe_was_lost_is_not_gone_on_with_under_another(
 ):
     run = fresh(played, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(distributed, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             stage("train", run, "--iter", 0)
     (run / "recipe.json").unlink()
@@ -301,7 +300,7 @@ def test_nan_in_loss_gradient_or_weights_stops_at_that_step_and_keeps_the_last_g
         )
         seen = []
     else:
-        clip, calls = parallel.clip_gradients, []
+        clip, calls = distributed.clip_gradients, []
 
         def bad(model, largest):
             calls.append(1)
@@ -313,7 +312,7 @@ def test_nan_in_loss_gradient_or_weights_stops_at_that_step_and_keeps_the_last_g
             return norm
 
         if what == "a weight":
-            monkeypatch.setattr(parallel, "clip_gradients", bad)
+            monkeypatch.setattr(distributed, "clip_gradients", bad)
         else:
             real = train.micro_batches
 
@@ -372,9 +371,9 @@ train.main()""")
 def test_a_rank_that_holds_nothing_of_a_weight_can_tell_too():
     nothing, fine, bad = torch.empty(0, 4), torch.ones(3), torch.tensor([1.0, -math.inf])
     assert (
-        not parallel.broken([nothing, None, fine])
-        and parallel.broken([nothing, bad])
-        and not parallel.broken([nothing])
+        not distributed.broken([nothing, None, fine])
+        and distributed.broken([nothing, bad])
+        and not distributed.broken([nothing])
     )
 
 
@@ -414,8 +413,8 @@ def test_weights_that_are_nan_are_not_sampled_from(tmp_path, refused, capsys):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_give_no_token(u, bad, refused):
     fine = torch.tensor([[-math.inf, 2.0, 1.0]])  # a token may be impossible
-    assert sample.choose(fine, u).item() == 1
-    assert "logits are NaN" in refused(lambda: sample.choose(torch.tensor([[0.0, bad, 1.0]]), u))
+    assert sampling.choose(fine, u).item() == 1
+    assert "logits are NaN" in refused(lambda: sampling.choose(torch.tensor([[0.0, bad, 1.0]]), u))
 
 
 def steps(win_rate, logratios):

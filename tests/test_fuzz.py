@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_data import spaced_tokenizer
 
-import parallel
-import recipe as recipes
 import train
-from data import decode, encode, holds_special, parses_specials, select, to_pair
-from packing import pack, share
+from spin import distributed
+from spin import recipe as recipes
+from spin.data import decode, encode, holds_special, parses_specials, select, to_pair
+from spin.packing import pack, share
 
 NUMBER = int(os.environ.get("FUZZ", 200))
 many = settings(
@@ -211,7 +211,7 @@ def test_every_pair_is_trained_on_once_an_epoch_and_every_rank_makes_as_many_pas
     assert all(len(b) == batch for b in plan[:-1])
     for one in plan:
         shares = [
-            list(train.micro_batches(one, pairs, recipe, parallel.World(rank, ranks, None)))
+            list(train.micro_batches(one, pairs, recipe, distributed.World(rank, ranks, None)))
             for rank in range(ranks)
         ]
         assert len({len(passes) for passes in shares}) == 1

@@ -1,4 +1,4 @@
-"""generate.py and sample.py: y' ~ p_θt, the same bytes however the work is split."""
+"""generate.py and sampling.py: y' ~ p_θt, the same bytes however the work is split."""
 
 import collections
 import json
@@ -12,12 +12,11 @@ from conftest import MICRO, THETA0, shell, stage, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TopKLogitsWarper
 
 import generate
-import parallel
-import sample
-from data import decode, encode, read_generated, read_jsonl, write_jsonl
 from loss import sequence_logps
-from packing import pack
-from sample import uniforms
+from spin import distributed, sampling
+from spin.data import decode, encode, read_generated, read_jsonl, write_jsonl
+from spin.packing import pack
+from spin.sampling import uniforms
 
 
 def generated(run, t=0):
@@ -87,7 +86,7 @@ def test_the_paged_engine_draws_anew_in_each_chunk_and_writes_rows_that_training
     model = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.float32)
     ids = [tokenizer("### Instruction: Spell tinab")["input_ids"]] * 30
     chunks = [
-        sample.paged(model, ids, tokenizer.eos_token_id, 24, uniforms(0, 0, k, number=24)[None])
+        sampling.paged(model, ids, tokenizer.eos_token_id, 24, uniforms(0, 0, k, number=24)[None])
         for k in (0, 1)
     ]
     assert chunks[0] != chunks[1]
@@ -119,7 +118,7 @@ def test_ids_end_with_eos_exactly_when_the_answer_ended_by_itself(played, tokeni
 
 
 def test_an_answer_cut_at_the_limit_has_no_eos(model, tokenizer):
-    ((ids, finish),) = sample.sample(
+    ((ids, finish),) = sampling.sample(
         model, [tokenizer("Spell tinab")["input_ids"]], tokenizer.eos_token_id, 2
     )
     assert finish == "length" and len(ids) == 2 and tokenizer.eos_token_id not in ids
@@ -136,19 +135,19 @@ def test_an_answer_depends_on_its_own_random_numbers_and_not_on_its_neighbours(m
     """Whatever the slots, the refills and the order: the same answers."""
     prompts, eos = unequal(tokenizer, 40), tokenizer.eos_token_id
     u = np.stack([uniforms(0, 0, i, number=8) for i in range(40)])
-    alone = [sample.sample(model, [p], eos, 8, u[i : i + 1])[0] for i, p in enumerate(prompts)]
+    alone = [sampling.sample(model, [p], eos, 8, u[i : i + 1])[0] for i, p in enumerate(prompts)]
     assert {finish for _, finish in alone} == {"eos", "length"}
     for slots in (1, 3, 17, 64):
-        assert sample.sample(model, prompts, eos, 8, u, slots=slots) == alone
-    assert sample.sample(model, prompts[::-1], eos, 8, u[::-1].copy(), slots=5) == alone[::-1]
-    assert sample.sample(model, prompts, eos, 8, u[::-1].copy(), slots=5) != alone  # control
+        assert sampling.sample(model, prompts, eos, 8, u, slots=slots) == alone
+    assert sampling.sample(model, prompts[::-1], eos, 8, u[::-1].copy(), slots=5) == alone[::-1]
+    assert sampling.sample(model, prompts, eos, 8, u[::-1].copy(), slots=5) != alone  # control
 
 
 def test_the_sampler_and_the_scoring_of_training_see_the_same_probabilities(
     model, tokenizer, monkeypatch
 ):
     """log p(y'|x) summed over what the sampler saw, refills and all, is loss.sequence_logps of its answers."""
-    prompts, seen, choose = unequal(tokenizer, 30), {}, sample.choose
+    prompts, seen, choose = unequal(tokenizer, 30), {}, sampling.choose
 
     def spy(logits, u, *rest):
         token = choose(logits, u, *rest)
@@ -157,9 +156,9 @@ def test_the_sampler_and_the_scoring_of_training_see_the_same_probabilities(
         )
         return token
 
-    monkeypatch.setattr(sample, "choose", spy)
+    monkeypatch.setattr(sampling, "choose", spy)
     u = np.stack([uniforms(0, 0, i, number=24) for i in range(30)])
-    answers = sample.sample(model, prompts, tokenizer.eos_token_id, 24, u, slots=7)
+    answers = sampling.sample(model, prompts, tokenizer.eos_token_id, 24, u, slots=7)
     told = torch.tensor([sum(seen[x] for x in row[: len(y)]) for row, (y, _) in zip(u, answers)])
     rows = [(p + y, [0] * len(p) + [1] * len(y)) for p, (y, _) in zip(prompts, answers)]
     with torch.no_grad():
@@ -216,7 +215,7 @@ def chi_square(counts, probabilities):
     return ((counts - expected) ** 2 / expected).sum()
 
 
-@pytest.mark.parametrize("engine, n", [(sample.sample, 20_000), (sample.paged, 2_000)])
+@pytest.mark.parametrize("engine, n", [(sampling.sample, 20_000), (sampling.paged, 2_000)])
 def test_tokens_are_distributed_as_p_theta_by_a_chi_square_test(engine, n, monkeypatch):
     limit = 72.1  # the 0.999 quantile with 39 degrees of freedom
     counts, p = drawn(engine, n)
@@ -228,10 +227,10 @@ def test_tokens_are_distributed_as_p_theta_by_a_chi_square_test(engine, n, monke
     )  # controls: another temperature, greedy, a nucleus, top-k
     assert chi_square(drawn(engine, n, temperature=0)[0], p) > limit
     assert chi_square(drawn(engine, n, top_p=0.9)[0], p) > limit
-    if engine is sample.sample:
-        choose = sample.choose
+    if engine is sampling.sample:
+        choose = sampling.choose
         monkeypatch.setattr(
-            sample,
+            sampling,
             "choose",
             lambda logits, *rest: choose(TopKLogitsWarper(20)(None, logits), *rest),
         )
@@ -242,7 +241,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
     for scale in range(8):
         logits = torch.tensor([-torch.inf, scale / 7, -torch.inf, 1.0, -torch.inf])
         for u in (0.0, 0.2689, 0.5, 1 - 2**-53):
-            assert sample.choose(logits[None], torch.tensor([u], dtype=torch.float64)).item() in (
+            assert sampling.choose(logits[None], torch.tensor([u], dtype=torch.float64)).item() in (
                 1,
                 3,
             )
@@ -254,7 +253,7 @@ def test_whole_answers_occur_as_often_as_their_log_probs_say(model, tokenizer):
     ids = [tokenizer.bos_token_id] + ids if ids[0] != tokenizer.bos_token_id else ids
     n = 4000
     u = np.stack([uniforms(0, 0, i, number=24) for i in range(n)])
-    answers = sample.sample(model, [ids] * n, tokenizer.eos_token_id, 24, u)
+    answers = sampling.sample(model, [ids] * n, tokenizer.eos_token_id, 24, u)
     kinds = sorted({tuple(y) for y, _ in answers})
     with torch.no_grad():
         rows = [(ids + list(y), [0] * len(ids) + [1] * len(y)) for y in kinds]
@@ -274,7 +273,7 @@ def test_the_models_generation_config_is_not_asked(model, tokenizer):
         for w in ("tin", "rodak", "bel", "amu")
     ]
     u = np.stack([uniforms(0, 0, i, number=24) for i in range(4)])
-    plain = sample.sample(model, prompts, tokenizer.eos_token_id, 24, u)
+    plain = sampling.sample(model, prompts, tokenizer.eos_token_id, 24, u)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.1,
@@ -284,15 +283,15 @@ def test_the_models_generation_config_is_not_asked(model, tokenizer):
         eos_token_id=7,
         suppress_tokens=[77],
     )
-    assert sample.sample(model, prompts, tokenizer.eos_token_id, 24, u) == plain
-    assert sample.paged(model, prompts, tokenizer.eos_token_id, 24) == sample.sample(
+    assert sampling.sample(model, prompts, tokenizer.eos_token_id, 24, u) == plain
+    assert sampling.paged(model, prompts, tokenizer.eos_token_id, 24) == sampling.sample(
         model, prompts, tokenizer.eos_token_id, 24
     )
     assert (
         len(
             {
                 tuple(y)
-                for y, _ in sample.paged(model, prompts[:1] * 20, tokenizer.eos_token_id, 24, u)
+                for y, _ in sampling.paged(model, prompts[:1] * 20, tokenizer.eos_token_id, 24, u)
             }
         )
         > 3
@@ -306,7 +305,7 @@ def test_the_models_generation_config_is_not_asked(model, tokenizer):
     assert asked.tolist() != model.generate(ids, max_new_tokens=24, do_sample=False).tolist()
 
 
-@pytest.mark.parametrize("engine", [sample.sample, sample.paged])
+@pytest.mark.parametrize("engine", [sampling.sample, sampling.paged])
 def test_greedy_answers_equal_plain_generate(engine, model, tokenizer):
     """Unequal prompts, more of them than slots, down to one slot; each against model.generate on that prompt alone."""
     prompts, eos = unequal(tokenizer, 30), tokenizer.eos_token_id
@@ -348,7 +347,7 @@ def test_every_architecture_answers_as_plain_generate_does(name, knobs, in_slots
     """Where a layer forgets, or positions are no argument, the loop of our own is not taken."""
     model = tiny(name, **knobs)
     prompts = [[1] + [3 + (7 * k + i * i) % 37 for i in range(5 * k % 31)] for k in range(9)]
-    assert sample.keeps_every_key(model, 30 + 24) == in_slots
+    assert sampling.keeps_every_key(model, 30 + 24) == in_slots
     plain = [
         model.generate(torch.tensor([p]), max_new_tokens=24, do_sample=False)[0, len(p) :].tolist()
         for p in prompts
@@ -357,10 +356,10 @@ def test_every_architecture_answers_as_plain_generate_does(name, knobs, in_slots
         repetition_penalty=5.0, eos_token_id=7
     )  # which is not asked
     slots, u = 3 if in_slots else 1, np.random.default_rng(0).random((9, 24))
-    assert [ids for ids, _ in sample.sample(model, prompts, 2, 24, slots=slots)] == plain
-    drawn = sample.sample(model, prompts, 2, 24, u, slots=slots)
+    assert [ids for ids, _ in sampling.sample(model, prompts, 2, 24, slots=slots)] == plain
+    drawn = sampling.sample(model, prompts, 2, 24, u, slots=slots)
     assert drawn == [
-        sample.sample(model, [p], 2, 24, u[i : i + 1])[0] for i, p in enumerate(prompts)
+        sampling.sample(model, [p], 2, 24, u[i : i + 1])[0] for i, p in enumerate(prompts)
     ]
     assert [ids for ids, _ in drawn] != plain
 
@@ -409,14 +408,14 @@ def test_the_stage_samples_with_the_temperature_and_nucleus_that_it_was_given(
         stage("generate", tmp_path / name, "--iter", 0, *flags)
         rows = list(read_jsonl(tmp_path / name / "iter0" / "generated.jsonl"))
         prompts = [encode(tokenizer, "paper", row)[0] for row in rows]
-        greedy = [ids for ids, _ in sample.sample(model, prompts, tokenizer.eos_token_id, 24)]
+        greedy = [ids for ids, _ in sampling.sample(model, prompts, tokenizer.eos_token_id, 24)]
         assert [row["generated_ids"] for row in rows] == greedy
         assert {row["id"]: row["generated_ids"] for row in rows} != plain  # control
 
 
 def test_each_chunk_goes_to_the_rank_that_asks_first(tmp_path, monkeypatch):
     """One rank of several, which gets the second chunk from the queue alone."""
-    monkeypatch.setattr(parallel, "queue", lambda number: iter([1]))
+    monkeypatch.setattr(distributed, "queue", lambda number: iter([1]))
     monkeypatch.setattr(
         generate,
         "merge",
@@ -441,12 +440,12 @@ def test_parts_are_merged_by_id_line_by_line(tmp_path):
 
 
 def test_the_queue_gives_each_number_once():
-    with parallel.join():
-        first, second = parallel.queue(5), parallel.queue(5)  # as two ranks would, in turns
+    with distributed.join():
+        first, second = distributed.queue(5), distributed.queue(5)  # as two ranks would, in turns
         assert [next(first), next(second), next(first), *second, *first] == [0, 1, 2, 3, 4]
 
 
 def test_the_opponents_compute_dtype_is_fp32_on_the_cpu():
-    assert parallel.compute_dtype("auto", torch.device("cpu")) is torch.float32
-    assert parallel.compute_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert distributed.compute_dtype("auto", torch.device("cpu")) is torch.float32
+    assert distributed.compute_dtype("auto", torch.device("cuda")) is torch.bfloat16
     assert json.loads((THETA0 / "config.json").read_text())["dtype"] == "float32"

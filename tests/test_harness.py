@@ -1,4 +1,4 @@
-"""harness.py and mt_bench.py: the paper's benchmarks equal the harness's own command line; answers that FastChat can read."""
+"""lm_harness.py and mt_bench.py: the paper's benchmarks equal the harness's own command line; answers that FastChat can read."""
 
 import json
 import random
@@ -10,8 +10,8 @@ import pytest
 from conftest import MICRO, REPO, THETA0, shell, torchrun
 
 import evaluate
-import harness
-from data import read_jsonl, write_jsonl
+from spin import lm_harness
+from spin.data import read_jsonl, write_jsonl
 
 SUBJECTS = (
     "econometrics",
@@ -210,8 +210,8 @@ def ours(data, theta, tmp_path_factory):
     """evaluate.py --tasks paper, once, with MMLU's social sciences (12 subjects) for all 57: reading those takes a minute."""
     out = tmp_path_factory.mktemp("out") / "benchmarks.json"
     with pytest.MonkeyPatch.context() as patch:
-        few = (*harness.PAPER[:-1], ("MMLU", "mmlu_social_sciences", 5, "acc,none"))
-        patch.setitem(harness.TABLES, "paper", (few, harness.TABLES["paper"][1]))
+        few = (*lm_harness.PAPER[:-1], ("MMLU", "mmlu_social_sciences", 5, "acc,none"))
+        patch.setitem(lm_harness.TABLES, "paper", (few, lm_harness.TABLES["paper"][1]))
         evaluate.main(
             [
                 *MICRO,
@@ -262,7 +262,7 @@ def test_the_six_tasks_equal_the_harness_command_line_digit_for_digit(
         (written,) = tmp_path.glob(f"{tasks[0]}_*.json")
         found = json.loads(written.read_text())
         theirs.update({task: found["results"][task] for task in tasks})
-    assert [(task, shots) for _, task, shots, _ in harness.PAPER] == [
+    assert [(task, shots) for _, task, shots, _ in lm_harness.PAPER] == [
         ("arc_challenge", 25),
         ("truthfulqa_mc2", 0),
         ("winogrande", 5),
@@ -270,7 +270,7 @@ def test_the_six_tasks_equal_the_harness_command_line_digit_for_digit(
         ("hellaswag", 10),
         ("mmlu", 5),
     ]  # the paper's
-    for column, task, shots, metric in harness.PAPER:
+    for column, task, shots, metric in lm_harness.PAPER:
         task = "mmlu_social_sciences" if task == "mmlu" else task
         mine = ours["tasks"][task]
         assert mine["shots"] == shots and mine["n"] == theirs[task]["sample_len"] >= 12
@@ -283,7 +283,7 @@ def test_the_six_tasks_equal_the_harness_command_line_digit_for_digit(
         sum(
             0 < ours["tasks"][t]["figures"][m][0] < 1
             for t in ours["tasks"]
-            for _, u, _, m in harness.PAPER
+            for _, u, _, m in lm_harness.PAPER
             if t == u
         )
         >= 3
@@ -343,9 +343,10 @@ def test_other_few_shot_counts_give_other_figures(ours, data, theta, tmp_path):
 
 def test_the_table_stands_beside_the_papers_row_for_row():
     found = {
-        task: {"shots": s, "n": 4, "figures": {m: [0.5, 0.03]}} for _, task, s, m in harness.PAPER
+        task: {"shots": s, "n": 4, "figures": {m: [0.5, 0.03]}}
+        for _, task, s, m in lm_harness.PAPER
     }
-    columns, rows = harness.beside_the_paper("paper", {"mine": found})
+    columns, rows = lm_harness.beside_the_paper("paper", {"mine": found})
     assert (
         columns[0] == ("Arc", 25, "acc_norm")
         and columns[5] == ("MMLU", 5, "acc")
@@ -372,9 +373,9 @@ def test_the_table_stands_beside_the_papers_row_for_row():
     assert paper["SPIN iteration 3 + DPO"] == pytest.approx(
         64.74, abs=0.01
     )  # Table 3 prints 64.05, which its own row is not
-    assert harness.beside_the_paper("extra", {"mine": found}) is None
+    assert lm_harness.beside_the_paper("extra", {"mine": found}) is None
     one = {"arc_challenge": found["arc_challenge"]}
-    assert harness.beside_the_paper("paper", {"mine": one})[1][0][1] == [(50, 3)] + [None] * 6
+    assert lm_harness.beside_the_paper("paper", {"mine": one})[1][0][1] == [(50, 3)] + [None] * 6
 
 
 def test_two_ranks_give_the_benchmarks_of_one(ours, data, theta, tmp_path):
@@ -442,8 +443,8 @@ def test_the_further_tasks_run_with_the_papers_few_shot_examples(data, theta, tm
         ]
     )
     found = json.loads(out.read_text())["tasks"]
-    assert [found[task]["shots"] for _, task, _, _ in harness.EXTRA] == [3, 3, 3, 1]
-    assert all(metric in found[task]["figures"] for _, task, _, metric in harness.EXTRA)
+    assert [found[task]["shots"] for _, task, _, _ in lm_harness.EXTRA] == [3, 3, 3, 1]
+    assert all(metric in found[task]["figures"] for _, task, _, metric in lm_harness.EXTRA)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +462,9 @@ def test_the_further_tasks_run_with_the_papers_few_shot_examples(data, theta, tm
     ],
 )
 def test_a_mistake_is_one_line_before_a_model_is_loaded(flags, word, refused, monkeypatch):
-    monkeypatch.setattr("parallel.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "spin.distributed.load_model", lambda *a: pytest.fail("the model was loaded")
+    )
     assert word in refused(lambda: evaluate.main([*MICRO, "--model", str(THETA0), *flags]))
 
 
@@ -469,7 +472,9 @@ def test_without_a_hub_or_local_copies_one_line_says_what_is_missing(
     tmp_path, refused, monkeypatch
 ):
     """HF_HUB_OFFLINE (conftest.py) is what a machine without a network comes to after its retries."""
-    monkeypatch.setattr("parallel.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "spin.distributed.load_model", lambda *a: pytest.fail("the model was loaded")
+    )
     line = refused(
         lambda: evaluate.main(
             [
@@ -489,7 +494,7 @@ def test_without_a_hub_or_local_copies_one_line_says_what_is_missing(
 def test_where_lm_eval_is_missing_one_line_names_the_command_that_installs_it(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     line = refused(lambda: evaluate.main([*MICRO, "--model", str(THETA0), "--tasks", "paper"]))
-    command = harness.INSTALL
+    command = lm_harness.INSTALL
     assert (
         command in line
         and command.split("'")[1] in (REPO / "requirements-dev.txt").read_text().splitlines()
@@ -499,12 +504,14 @@ def test_where_lm_eval_is_missing_one_line_names_the_command_that_installs_it(re
 def test_nothing_else_imports_lm_eval():
     importers = [
         p.name
-        for p in REPO.glob("*.py")
+        for p in [*REPO.glob("*.py"), *REPO.glob("spin/*.py")]
         if "import lm_eval" in p.read_text() or "from lm_eval" in p.read_text()
     ]
-    assert importers == ["harness.py"]
+    assert importers == ["lm_harness.py"]
     done = shell(
-        sys.executable, "-c", "import sys, evaluate, report; print('lm_eval' in sys.modules)"
+        sys.executable,
+        "-c",
+        "import sys, evaluate; from spin import report; print('lm_eval' in sys.modules)",
     )
     assert done.stdout.strip() == "False", done.stderr
 
@@ -601,7 +608,7 @@ def test_mt_bench_answers_have_both_turns_in_fastchats_format(template, theta, t
 
 
 def test_the_second_turn_sees_the_first(theta, tmp_path, monkeypatch, tokenizer):
-    import mt_bench
+    from spin import mt_bench
 
     seen = []
 
@@ -648,7 +655,9 @@ def test_two_ranks_write_the_mt_bench_answers_of_one(theta, tmp_path):
 def test_mt_bench_questions_that_do_not_fit_are_refused_before_the_model_is_loaded(
     tmp_path, refused, monkeypatch
 ):
-    monkeypatch.setattr("parallel.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "spin.distributed.load_model", lambda *a: pytest.fail("the model was loaded")
+    )
     write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
     flags = [
         *MICRO,

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from data import encode
 from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps
-from packing import pack
+from spin.data import encode
+from spin.packing import pack
 
 torch.manual_seed(0)
 FOUR = (

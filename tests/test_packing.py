@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from loss import sequence_logps, token_logps
-from packing import pack, packed, share
+from spin.packing import pack, packed, share
 
 SMALL = dict(
     vocab_size=61,

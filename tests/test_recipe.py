@@ -6,8 +6,8 @@ import shutil
 import pytest
 from conftest import THETA0, shell, stage
 
-import recipe as recipes
-from recipe import RECIPES, Recipe, at, parse
+from spin import recipe as recipes
+from spin.recipe import RECIPES, Recipe, at, parse
 
 
 def test_the_default_recipe_is_the_papers():

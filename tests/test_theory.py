@@ -8,7 +8,7 @@ import torch
 from conftest import REPO
 
 sys.path.insert(0, str(REPO / "demo"))
-from theory import (  # noqa: E402
+from theory import (
     ELL_SLOPE,
     RESPONSES,
     best_response,
@@ -28,7 +28,7 @@ from theory import (  # noqa: E402
     transformer,
 )
 
-from loss import ELL, spin_loss  # noqa: E402
+from loss import ELL, spin_loss
 
 DATA, START = random_table(1), random_table(2)
 LAMBDAS = (0.5, 1.0, 2.0, 5.0)

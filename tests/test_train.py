@@ -10,12 +10,12 @@ from conftest import MICRO, REPO, THETA0, stage, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import parallel
-import recipe as recipes
 import train
-from data import read_jsonl, write_jsonl
 from loss import sequence_logps
-from packing import pack
+from spin import distributed
+from spin import recipe as recipes
+from spin.data import read_jsonl, write_jsonl
+from spin.packing import pack
 
 
 def metrics(folder):
@@ -215,7 +215,9 @@ def test_every_pair_is_seen_once_an_epoch_on_any_number_of_ranks_and_every_rank_
         recipe = recipes.Recipe(batch_size=10, micro_tokens=30)
         for batch in train.batches(29, recipe, 0, 0):
             shares = [
-                list(train.micro_batches(batch, pairs, recipe, parallel.World(rank, ranks, None)))
+                list(
+                    train.micro_batches(batch, pairs, recipe, distributed.World(rank, ranks, None))
+                )
                 for rank in range(ranks)
             ]
             seen = [
@@ -239,7 +241,7 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
     run = fresh(played, tmp_path, (0, 1))
     what, _, when = moment.partition(" ")
     if what == "step":
-        clip, calls = parallel.clip_gradients, []
+        clip, calls = distributed.clip_gradients, []
 
         def dying(*args):
             calls.append(1)
@@ -247,9 +249,9 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
                 raise Killed
             return clip(*args)
 
-        monkeypatch.setattr(parallel, "clip_gradients", dying)
+        monkeypatch.setattr(distributed, "clip_gradients", dying)
     elif what == "checkpoint":
-        save = parallel.save_checkpoint
+        save = distributed.save_checkpoint
 
         def dying(folder, step, *args):
             if step == int(when):
@@ -257,14 +259,14 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
                 raise Killed
             return save(folder, step, *args)
 
-        monkeypatch.setattr(parallel, "save_checkpoint", dying)
+        monkeypatch.setattr(distributed, "save_checkpoint", dying)
     else:
 
         def dying(model, tokenizer, folder, world):
             folder.with_name("model.part").mkdir()
             raise Killed
 
-        monkeypatch.setattr(parallel, "export", dying)
+        monkeypatch.setattr(distributed, "export", dying)
     with pytest.raises(Killed):
         stage("train", run, "--iter", 1)
     assert not (run / "iter1" / "model").exists() and (run / "iter1" / "checkpoint").is_dir()
@@ -281,12 +283,13 @@ def test_a_run_begun_on_two_ranks_goes_on_with_one_on_the_same_batches(played, t
     run = fresh(played, tmp_path)
     script = tmp_path / "dying.py"
     script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
-import os, parallel, train
-save = parallel.save_checkpoint
+import os, train
+from spin import distributed
+save = distributed.save_checkpoint
 def dying(folder, step, *args):
     save(folder, step, *args)
     if step == 4: os._exit(9)
-parallel.save_checkpoint = dying
+distributed.save_checkpoint = dying
 train.main()""")
     assert torchrun(2, script, *MICRO, "--run", run, "--iter", "0").returncode != 0
     assert (run / "iter0" / "checkpoint" / "4").is_dir() and len(metrics(run / "iter0")) == 4
@@ -330,8 +333,8 @@ def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(
 ):
     """Also where the file's names are not the module's (a base model's), and then the whole model is read first."""
     recipe, start = recipes.parse(MICRO)[0], load_file(THETA0 / "model.safetensors")
-    whole, real = [], parallel.load_model
-    monkeypatch.setattr(parallel, "load_model", lambda *args: whole.append(1) or real(*args))
+    whole, real = [], distributed.load_model
+    monkeypatch.setattr(distributed, "load_model", lambda *args: whole.append(1) or real(*args))
     untied = AutoModelForCausalLM.from_pretrained(
         THETA0, dtype=torch.bfloat16, tie_word_embeddings=False
     )
@@ -360,8 +363,8 @@ def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(
         (tmp_path / "contradiction", None, 1),
     ):
         whole.clear()
-        with parallel.join() as world:
-            model = parallel.load_sharded(str(folder), recipe, world)
+        with distributed.join() as world:
+            model = distributed.load_sharded(str(folder), recipe, world)
             loaded = {n: w.full_tensor() for n, w in model.named_parameters()}
             fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             ids = torch.arange(1, 20)[None]
@@ -383,7 +386,7 @@ def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, c
     def dying(*args):
         raise Killed
 
-    monkeypatch.setattr(parallel, "export", dying)
+    monkeypatch.setattr(distributed, "export", dying)
     with pytest.raises(Killed):
         stage("train", run, "--iter", 0)
     rows = list(read_jsonl(run / "iter0" / "generated.jsonl"))
@@ -490,7 +493,9 @@ def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_
         train,
         "train",
         lambda model, *rest: (
-            wrapped.append(sum(isinstance(m, parallel.CheckpointWrapper) for m in model.modules()))
+            wrapped.append(
+                sum(isinstance(m, distributed.CheckpointWrapper) for m in model.modules())
+            )
             or real(model, *rest)
         ),
     )

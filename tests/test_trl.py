@@ -9,11 +9,11 @@ import pytest
 from conftest import MICRO, REPO, THETA0, stage
 
 sys.path.insert(0, str(REPO / "benchmarks"))
-import train_vs_trl  # noqa: E402
+import train_vs_trl
 
-import train  # noqa: E402
-from data import read_jsonl, read_rows, render, write_jsonl  # noqa: E402
-from recipe import Recipe, parse  # noqa: E402
+import train
+from spin.data import read_jsonl, read_rows, render, write_jsonl
+from spin.recipe import Recipe, parse
 
 
 @pytest.mark.parametrize("beforehand", [True, False])

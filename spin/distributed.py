@@ -40,7 +40,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from files import LOGS, cannot, check_json, fail, weight_files, write_whole
+from spin.files import LOGS, cannot, check_json, fail, weight_files, write_whole
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig
 
-from files import fail
+from spin.files import fail
 
 
 def uniforms(*key: int, number: int) -> np.ndarray:

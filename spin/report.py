@@ -12,9 +12,9 @@ import json
 import math
 from pathlib import Path
 
-import harness
-from files import RESTORE, check_files, check_json, fail, one_line, write_whole
-from recipe import iter_dir, parse
+from spin import lm_harness
+from spin.files import RESTORE, check_files, check_json, fail, one_line, write_whole
+from spin.recipe import iter_dir, parse
 
 NAMES = {
     "expected_exact_match": "expected exact match",
@@ -292,8 +292,8 @@ def curves(steps: list[list[dict]]) -> str:
 def benchmark_tables(results: dict) -> str:
     """The benchmarks of this run's models above the paper's, in percent; empty where none was run."""
     parts = []
-    for name in harness.TABLES:
-        if beside := harness.beside_the_paper(name, results):
+    for name in lm_harness.TABLES:
+        if beside := lm_harness.beside_the_paper(name, results):
             columns, rows = beside
             head = "".join(
                 f"<th>{html.escape(c)}<br><small>{shots} {m}</small></th>"
@@ -313,7 +313,7 @@ def benchmark_tables(results: dict) -> str:
                 f'<div class="wide"><table><tr><th>few-shot examples, metric</th>{head}</tr>{body}</table></div>'
             )
     return (
-        f"<h2>Benchmarks</h2>{''.join(parts)}<p><small>{harness.DIFFERS}</small></p>"
+        f"<h2>Benchmarks</h2>{''.join(parts)}<p><small>{lm_harness.DIFFERS}</small></p>"
         if parts
         else ""
     )

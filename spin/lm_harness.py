@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from files import fail
-from recipe import HERE
+from spin.files import fail
+from spin.recipe import HERE
 
 INSTALL = "pip install 'lm_eval[hf]==0.4.13'"
 # our column, the harness's task, few-shot examples, the harness's metric: Appendix B.1 and the old Open LLM Leaderboard

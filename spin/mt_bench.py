@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
-from data import decode, encode, load_tokenizer, read_rows, write_jsonl
-from files import fail
-from harness import positions
-from sample import sample, uniforms
+from spin import distributed
+from spin.data import decode, encode, load_tokenizer, read_rows, write_jsonl
+from spin.files import fail
+from spin.lm_harness import positions
+from spin.sampling import sample, uniforms
 
 # FastChat's temperature_config; 0.7 for other categories
 TEMPERATURE = {
@@ -65,8 +65,8 @@ def answer(policy, recipe, source, out):
     ids = torch.zeros(
         len(questions), max(len(q["turns"]) for q in questions), most, dtype=torch.long
     )  # id + 1; 0: none
-    with parallel.join() as world:
-        model, said = parallel.load_frozen(policy, recipe, world), [[] for _ in questions]
+    with distributed.join() as world:
+        model, said = distributed.load_frozen(policy, recipe, world), [[] for _ in questions]
         for turn in tqdm(range(ids.shape[1]), desc="answers", unit="turn", disable=world.rank > 0):
             for temperature in sorted(set(heat)):
                 mine = [
@@ -100,7 +100,7 @@ def answer(policy, recipe, source, out):
                 ):
                     said[k].append(answer)
                     ids[k, turn, : len(answer)] = torch.tensor(answer) + 1
-        ids = parallel.all_sum(ids.to(world.device)).tolist()  # each row was filled by one rank
+        ids = distributed.all_sum(ids.to(world.device)).tolist()  # each row was filled by one rank
     if world.rank == 0:
         rows = []
         for q, answers in zip(questions, ids):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
-from files import fail
+from spin.files import fail
 
 
 def pack(sequences, device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

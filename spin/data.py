@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import fail, write_whole
-from recipe import locate
+from spin.files import fail, write_whole
+from spin.recipe import locate
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
 

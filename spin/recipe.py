@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import (
+from spin.files import (
     RESTORE,
     check_files,
     check_json,
@@ -25,7 +25,7 @@ from files import (
     write_whole,
 )
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 
 
 def knob(default, help, check=None, choices=None, tied=True):

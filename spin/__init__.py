@@ -1,0 +1,1 @@
+"""What the stages stand on: one idea a file. Nothing here imports a stage."""
