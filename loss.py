@@ -1,96 +1,22 @@
-"""The mathematics of SPIN: log-probabilities, the objective (4.7), and the SFT objective (3.1).
+"""The mathematics of SPIN: the objective (4.7), the SFT objective (3.1), log-probabilities.
 
-Chen et al., "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models", ICML 2024,
-arXiv 2401.01335v3. Pure functions of tensors; this file imports nothing but torch, and can be taken as it is.
+Chen et al., "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+ICML 2024, arXiv 2401.01335v3. Pure functions of tensors; this file imports nothing but torch, and
+can be taken as it is.
 """
 
 import torch
 import torch.nn.functional as F
 
-# ℓ of Assumption 5.1: convex, decreasing, ℓ'(0) < 0. Each maps a margin t of any shape to a loss of that shape.
-# The paper trains with the logistic one: it is non-negative, smooth, and its tail keeps f from growing without
-# bound. The exponential overflows fp32 (to inf) for t < -88.7.
+# ℓ of Assumption 5.1: convex, decreasing, ℓ'(0) < 0. Each maps a margin t of any shape to a loss of
+# that shape. The paper trains with the logistic one: it is non-negative, smooth, and its tail keeps
+# f from growing without bound. The exponential overflows fp32 (to inf) for t < -88.7.
 ELL = {
     "logistic": lambda t: F.softplus(-t),  # log(1 + exp(-t)), stable for any t
     "hinge": lambda t: F.relu(1 - t),
     "correlation": lambda t: 1 - t,
     "exponential": lambda t: torch.exp(-t),
 }
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """fp32, or wider where x is: in bf16 neighbouring numbers near 256 are 2.0 apart, so sums must not live there."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log p(y_t | y_<t, x) of each label, in nats: its logit less the logarithm of the sum of all exponentials.
-
-    logits (…, T, V) of any float dtype; labels (…, T), already shifted: logits[…, t, :] predicts labels[…, t].
-    Returns (…, T) in fp32 (float64 for float64 logits).
-    """
-    return _TokenLogps.apply(logits.flatten(0, -2), labels.flatten()).view(labels.shape)
-
-
-class _TokenLogps(torch.autograd.Function):
-    """The same as log_softmax and gather, gradient included, without their copies of all logits in fp32.
-
-    For a large vocabulary those copies are what memory runs out of; a few tokens at a time need little.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels):  # (N, V), (N,)
-        ctx.block = max(1, 2**22 // logits.shape[-1])  # tokens: 16 MiB in fp32
-        normaliser = torch.cat(
-            [_wide(block).logsumexp(-1) for block in logits.split(ctx.block)]
-        )  # (N,)
-        ctx.save_for_backward(logits, labels, normaliser)
-        return _wide(logits.gather(-1, labels[:, None]).squeeze(-1)) - normaliser
-
-    @staticmethod
-    def backward(ctx, gradient):  # d log p(y) / d logit_v = 1[v = y] − p(v)
-        logits, labels, normaliser = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        blocks = (
-            x.split(ctx.block)
-            for x in (result, logits, labels[:, None], normaliser[:, None], gradient[:, None])
-        )
-        for out, block, label, norm, g in zip(*blocks):
-            p = (_wide(block) - norm).exp_()
-            out.copy_(p.mul_(-g).scatter_add_(-1, label, g))
-        return result, None
-
-
-def sequence_logps(
-    model, input_ids: torch.Tensor, response_mask: torch.Tensor, lengths: list[int]
-) -> torch.Tensor:
-    """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over the response's tokens, not a mean.
-
-    input_ids, response_mask: (1, T), N sequences packed one after the other; response_mask is 1 on the tokens of y (its
-    EOS among them), 0 on the prompt. lengths: of the N sequences; their sum is T. Returns (N,).
-    model: any causal transformers model, which keeps the sequences apart by the positions or by cu_seq_lens.
-    """
-    device, length = input_ids.device, max(lengths)
-    position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])[None]  # (1, T)
-    bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # (N + 1,)
-    response = response_mask[0].nonzero()[
-        :, 0
-    ]  # (K,) where the tokens of all y lie; the token before predicts each
-    logits = model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=length,
-        max_length_k=length,
-        use_cache=False,
-        logits_to_keep=response - 1,
-    ).logits.squeeze(0)  # (K, V): none for the prompt, vocabulary × prompt is waste
-    logps = token_logps(logits, input_ids[0, response])  # (K,)
-    counts = [int(mask.sum()) for mask in response_mask[0].split(lengths)]
-    return torch.stack(
-        [y.sum() for y in logps.split(counts)]
-    )  # not index_add: on a GPU its order, and so its sum, varies
 
 
 def spin_loss(
@@ -104,10 +30,9 @@ def spin_loss(
     """The SPIN objective, Eq. (4.7), pair by pair; its mean over pairs is L_SPIN(θ, θ_t).
 
     policy_real, policy_generated: (B,) log p_θ(y|x) and log p_θ(y'|x), which carry the gradient.
-    opponent_real, opponent_generated: (B,) log p_θt(y|x) and log p_θt(y'|x), the frozen opponent's.
-    lam: λ of the paper's text, β of its experiments. ell: a name of ELL. Returns (B,), fp32 or wider.
-    Raises KeyError for an unknown ell.
-    """
+    opponent_real, opponent_generated: (B,) log p_θt(y|x), log p_θt(y'|x), the frozen opponent's.
+    lam: λ of the paper's text, β of its experiments. ell: a name of ELL. Returns (B,), fp32 or
+    wider. Raises KeyError for an unknown ell."""
     margin = spin_margin(policy_real, policy_generated, opponent_real, opponent_generated, lam)
     return ELL[ell](margin)  # Eq. (4.7): ℓ(margin)
 
@@ -115,14 +40,84 @@ def spin_loss(
 def spin_margin(
     policy_real, policy_generated, opponent_real, opponent_generated, lam: float = 0.1
 ) -> torch.Tensor:
-    """The argument of ℓ in Eq. (4.7), f(x, y) − f(x, y') with f = λ log p_θ/p_θt (4.6). Shapes as in spin_loss."""
-    logratio_real = _wide(policy_real) - _wide(opponent_real)  # log p_θ(y|x) / p_θt(y|x)
-    logratio_generated = _wide(policy_generated) - _wide(
-        opponent_generated
-    )  # log p_θ(y'|x) / p_θt(y'|x)
+    """The argument of ℓ in Eq. (4.7): f(x, y) − f(x, y') with f = λ log p_θ/p_θt (4.6).
+
+    Shapes as in spin_loss."""
+    # log p_θ(y|x) / p_θt(y|x), and the same of y'
+    logratio_real = at_least_fp32(policy_real) - at_least_fp32(opponent_real)
+    logratio_generated = at_least_fp32(policy_generated) - at_least_fp32(opponent_generated)
     return lam * logratio_real - lam * logratio_generated
 
 
 def sft_loss(policy_real: torch.Tensor) -> torch.Tensor:
-    """The SFT objective, Eq. (3.1), per example: −log p_θ(y|x), the sum over tokens. (B,) in, (B,) out, fp32 or wider."""
-    return -_wide(policy_real)
+    """The SFT objective, Eq. (3.1), per example: −log p_θ(y|x), a sum over tokens. (B,) → (B,)."""
+    return -at_least_fp32(policy_real)
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """fp32, or wider where x is: in bf16 neighbouring numbers near 256 are 2.0 apart."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sequence_logps(
+    model, input_ids: torch.Tensor, response_mask: torch.Tensor, lengths: list[int]
+) -> torch.Tensor:
+    """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over y's tokens, not a mean.
+
+    input_ids, response_mask: (1, T), N sequences packed one after the other; response_mask is 1 on
+    the tokens of y (its EOS among them), 0 on the prompt. lengths: of the N sequences; their sum is
+    T. Returns (N,). model: any causal transformers model, which keeps the sequences apart by the
+    positions or by cu_seq_lens."""
+    device = input_ids.device
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]  # (1, T)
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # (N + 1,)
+    response = response_mask[0].nonzero()[:, 0]  # (K,) where the tokens of all y lie
+    logits = model(
+        input_ids=input_ids,
+        position_ids=positions,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+        use_cache=False,
+        # the token before predicts each; no logits for prompts: vocabulary × prompt is waste
+        logits_to_keep=response - 1,
+    ).logits.squeeze(0)  # (K, V)
+    logps = token_logps(logits, input_ids[0, response])  # (K,)
+    counts = [int(mask.sum()) for mask in response_mask[0].split(lengths)]
+    # not index_add: on a GPU its order, and so its sum, varies
+    return torch.stack([y.sum() for y in logps.split(counts)])
+
+
+def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log p(y_t | y_<t, x) of each label, in nats: its logit − log Σ_v exp(logit_v).
+
+    logits (…, T, V) of any float dtype; labels (…, T), already shifted: logits[…, t, :] predicts
+    labels[…, t]. Returns (…, T) in fp32 (float64 for float64 logits)."""
+    return _TokenLogps.apply(logits.flatten(0, -2), labels.flatten()).view(labels.shape)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """The same as log_softmax and gather, gradient included, without their fp32 copies of logits.
+
+    For a large vocabulary those copies are what memory runs out of; a few tokens at a time need
+    little."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):  # (N, V), (N,)
+        ctx.block = max(1, 2**22 // logits.shape[-1])  # tokens: 16 MiB in fp32
+        blocks = logits.split(ctx.block)
+        normaliser = torch.cat([at_least_fp32(block).logsumexp(-1) for block in blocks])  # (N,)
+        ctx.save_for_backward(logits, labels, normaliser)
+        return at_least_fp32(logits.gather(-1, labels[:, None]).squeeze(-1)) - normaliser
+
+    @staticmethod
+    def backward(ctx, gradient):  # d log p(y) / d logit_v = 1[v = y] − p(v)
+        logits, labels, normaliser = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for start in range(0, len(logits), ctx.block):
+            block = slice(start, start + ctx.block)
+            g = gradient[block, None]
+            p = (at_least_fp32(logits[block]) - normaliser[block, None]).exp_()
+            result[block] = p.mul_(-g).scatter_add_(-1, labels[block, None], g)
+        return result, None

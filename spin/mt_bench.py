@@ -1,144 +1,167 @@
-"""MT-Bench's questions answered, both turns, in the format that FastChat's judge reads. Used by evaluate.py; we do not judge.
+"""MT-Bench's questions answered, both turns, in the format that FastChat's judge reads.
 
-    python evaluate.py --model DIR --mt-bench question.jsonl --out NAME.jsonl
+    python -m spin.mt_bench question.jsonl --model DIR --out NAME.jsonl [--max-new-tokens 1024]
+    torchrun --nproc_per_node 8 -m spin.mt_bench question.jsonl --model DIR --out NAME.jsonl
 
-A row a question: question_id, answer_id, model_id, choices (one, with an answer for each turn), tstamp.
+Started in the repository's root. question.jsonl is FastChat's; NAME becomes the model's. A row a
+question: question_id, answer_id, model_id, choices (one, with a text for each turn), tstamp. Up to
+--max-new-tokens a turn; FastChat's limit is 1024. The judge is FastChat's too (Table 6, MT-Bench).
 """
 
 import hashlib
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from spin import distributed
-from spin.data import decode, encode, load_tokenizer, read_rows, write_jsonl
-from spin.files import fail
-from spin.lm_harness import positions
+from spin import checks
+from spin.data import read_rows
+from spin.distributed import process_group, sum_over_ranks
+from spin.files import check_out, fail, io_errors_in_one_line, write_jsonl
+from spin.flags import parse
+from spin.lm_harness import count_positions
+from spin.models import load_frozen
 from spin.sampling import sample, uniforms
+from spin.tokens import decode, encode, load_tokenizer
 
-# FastChat's temperature_config; 0.7 for other categories
-TEMPERATURE = {
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
+# FastChat's temperature_config by category, and its 0.7 for the others
+TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
+OTHERWISE = 0.7
+FLAGS = (
+    ("questions", dict(metavar="QUESTIONS", help="MT-Bench's question.jsonl")),
+    ("--out", dict(type=Path, metavar="NAME.jsonl", help="where the answers go")),
+)
 
 
-def answer(policy, recipe, source, out):
-    """An answer to each turn of each question, to out in FastChat's format; the file's name is the model's.
+@io_errors_in_one_line
+def main(argv=None):
+    recipe, args = parse(argv, __doc__.split("\n")[0], *FLAGS)
+    check_out(args.out)
+    if not args.out or args.out.suffix != ".jsonl":
+        fail("spin.mt_bench needs --out NAME.jsonl: FastChat takes the file's name for the model's")
+    policy = checks.model_folder(recipe.model)
+    if args.out.exists():
+        return print(f"{args.out} is there already: nothing to do")
+    questions = read_questions(args.questions)
+    tokenizer, _ = load_tokenizer(policy, recipe)
+    check_room(questions, policy, tokenizer, recipe)
+    with process_group() as world:
+        model = load_frozen(policy, recipe, world)
+        mine = answer_questions(model, tokenizer, questions, recipe, world)
+        answers = sum_over_ranks(mine.to(world.device)).tolist()  # of each row, one rank's
+        if world.rank > 0:
+            return
+    rows = []
+    for question, ids in zip(questions, answers, strict=True):
+        turns = [[i - 1 for i in turn if i] for turn in ids[: len(question["turns"])]]
+        texts = [decode(tokenizer, recipe.template, turn) for turn in turns]
+        rows.append(fastchat_row(args.out.stem, question, texts))
+    write_jsonl(args.out, rows)
+    print(f"{args.out}: {len(rows)} answers for FastChat's judge")
 
-    At FastChat's temperatures, up to --max-new-tokens a turn (FastChat's limit is 1024). Ends with one line, before the
-    model is loaded, if some conversation might not fit in the model's positions.
-    """
-    questions, (tokenizer, _) = list(read_rows(source)), load_tokenizer(policy, recipe)
-    for k, q in enumerate(questions, 1):
-        turns = q.get("turns")
-        texts = [q.get("category", ""), *(turns if isinstance(turns, list) else [])]
-        if (
-            "question_id" not in q
-            or len(texts) < 2
-            or not all(isinstance(x, str) for x in texts)
-            or not all(texts[1:])
-            or "".join(texts).encode(errors="replace")
-            != "".join(texts).encode(errors="surrogatepass")
-        ):
+
+def read_questions(source: str) -> list[dict]:
+    """FastChat's questions; ends with one line at a row that is none."""
+    questions = list(read_rows(source))
+    for number, row in enumerate(questions, 1):
+        if not is_question(row):
             fail(
-                f"{source}, row {k}: a question has a question_id and turns, a list of texts, and maybe a category"
+                f"{source}, row {number}: a question has a question_id and turns, a list of texts, "
+                "and maybe a category"
             )
-    room, most = positions(policy, recipe), recipe.max_new_tokens
-    needs = [
-        sum(len(conversation(tokenizer, recipe.template, [x], [])) + most for x in q["turns"])
-        for q in questions
-    ]
-    if room and (long := [q["question_id"] for q, n in zip(questions, needs) if n > room]):
+    return questions
+
+
+def is_question(row: dict) -> bool:
+    try:
+        turns = row["turns"]
+        "".join([row.get("category", ""), *turns]).encode()  # text, and no half of a surrogate pair
+    except (KeyError, TypeError, UnicodeError):
+        return False
+    return "question_id" in row and isinstance(turns, list) and turns != [] and all(turns)
+
+
+def check_room(questions, policy: str, tokenizer, recipe):
+    """End with one line if some conversation might not fit in the model's positions."""
+    room, most = count_positions(policy, recipe), recipe.max_new_tokens
+    long, needs = [], []
+    for question in questions:
+        rounds = [conversation(tokenizer, recipe.template, [x], []) for x in question["turns"]]
+        needs.append(sum(len(ids) + most for ids in rounds))
+        if room and needs[-1] > room:
+            long.append(question["question_id"])
+    if long:
         fail(
-            f"{len(long)} of {len(questions)} questions (the first is {long[0]}) may need up to {max(needs)} positions with "
-            f"--max-new-tokens {most} a turn, and {policy} has {room}: lower --max-new-tokens, or take a model with more"
+            f"{len(long)} of {len(questions)} questions (the first is {long[0]}) may need up to "
+            f"{max(needs)} positions with --max-new-tokens {most} a turn, and {policy} has {room}: "
+            "lower --max-new-tokens, or take a model with more"
         )
-    heat = [TEMPERATURE.get(q.get("category"), 0.7) for q in questions]
-    ids = torch.zeros(
-        len(questions), max(len(q["turns"]) for q in questions), most, dtype=torch.long
-    )  # id + 1; 0: none
-    with distributed.join() as world:
-        model, said = distributed.load_frozen(policy, recipe, world), [[] for _ in questions]
-        for turn in tqdm(range(ids.shape[1]), desc="answers", unit="turn", disable=world.rank > 0):
-            for temperature in sorted(set(heat)):
-                mine = [
-                    k
-                    for k, q in enumerate(questions)
-                    if k % world.size == world.rank
-                    and heat[k] == temperature
-                    and turn < len(q["turns"])
-                ]
-                u = [
-                    uniforms(recipe.seed, turn, k, 4, number=most) for k in mine
-                ]  # 4: a stream of its own
-                prompts = [
-                    conversation(
-                        tokenizer, recipe.template, questions[k]["turns"][: turn + 1], said[k]
-                    )
-                    for k in mine
-                ]
-                for k, (answer, _) in zip(
-                    mine,
-                    mine
-                    and sample(
-                        model,
-                        prompts,
-                        tokenizer.eos_token_id,
-                        most,
-                        np.stack(u),
-                        temperature,
-                        slots=recipe.slots,
-                    ),
-                ):
-                    said[k].append(answer)
-                    ids[k, turn, : len(answer)] = torch.tensor(answer) + 1
-        ids = distributed.all_sum(ids.to(world.device)).tolist()  # each row was filled by one rank
-    if world.rank == 0:
-        rows = []
-        for q, answers in zip(questions, ids):
-            turns = [
-                decode(tokenizer, recipe.template, [i - 1 for i in answer if i])
-                for answer in answers[: len(q["turns"])]
+
+
+def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor:
+    """This rank's answers: (questions, turns, --max-new-tokens) of id + 1; 0 where no token is."""
+    temperatures = [TEMPERATURE.get(q.get("category"), OTHERWISE) for q in questions]
+    turns, most = max(len(q["turns"]) for q in questions), recipe.max_new_tokens
+    ids, eos = torch.zeros(len(questions), turns, most, dtype=torch.long), tokenizer.eos_token_id
+    said = [[] for _ in questions]  # the answers so far, which the next turn sees
+    for turn in tqdm(range(turns), desc="answers", unit="turn", disable=world.rank > 0):
+        for temperature in sorted(set(temperatures)):
+            mine = [
+                k
+                for k in range(world.rank, len(questions), world.size)
+                if temperatures[k] == temperature and turn < len(questions[k]["turns"])
             ]
-            mark = hashlib.sha256(
-                json.dumps([out.stem, q["question_id"], turns]).encode()
-            ).hexdigest()[:22]
-            rows.append(
-                {
-                    "question_id": q["question_id"],
-                    "answer_id": mark,
-                    "model_id": out.stem,
-                    "choices": [{"index": 0, "turns": turns}],
-                    "tstamp": time.time(),
-                }
-            )
-        write_jsonl(out, rows)
-        print(f"{out}: {len(rows)} answers for FastChat's judge")
+            if not mine:
+                continue
+            prompts = [
+                conversation(tokenizer, recipe.template, questions[k]["turns"][: turn + 1], said[k])
+                for k in mine
+            ]
+            # 4: a stream of its own
+            uniform = np.stack([uniforms(recipe.seed, turn, k, 4, number=most) for k in mine])
+            answers = sample(model, prompts, eos, most, uniform, temperature, slots=recipe.slots)
+            for k, (answer, _) in zip(mine, answers, strict=True):
+                said[k].append(answer)
+                ids[k, turn, : len(answer)] = torch.tensor(answer) + 1
+    return ids
 
 
 def conversation(tokenizer, template: str, asked: list[str], said: list[list[int]]) -> list[int]:
-    """The ids of a conversation up to its next answer. asked: the prompts so far; said: the answers' ids, one fewer.
+    """The ids of a conversation up to its next answer.
 
-    With the chat template it is rendered as one; other templates have one round only, so rounds are put one after another.
-    """
+    asked: the prompts so far; said: the answers' ids, one fewer. With the chat template it is
+    rendered as one; other templates have one round only, so rounds are put one after another."""
     if template == "chat" and said:
-        texts = [
-            x for q, a in zip(asked, said) for x in (q, decode(tokenizer, template, a))
-        ] + asked[-1:]
-        text = tokenizer.apply_chat_template(
-            [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        messages = []
+        for prompt, answer in zip(asked, [*said, []], strict=True):
+            messages.append({"role": "user", "content": prompt})
+            messages.append({"role": "assistant", "content": decode(tokenizer, template, answer)})
+        del messages[-1]  # the answer that is still to come
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return encode(tokenizer, text, {"prompt": "{prompt}"})[0]
-    rounds = [encode(tokenizer, template, {"prompt": x})[0] for x in asked]
-    rounds[1:] = [ids[ids[:1] == [tokenizer.bos_token_id] :] for ids in rounds[1:]]
-    return sum((r + a for r, a in zip(rounds, [*said, []])), [])
+    ids = []
+    for prompt, answer in zip(asked, [*said, []], strict=True):
+        more = encode(tokenizer, template, {"prompt": prompt})[0]
+        if ids and more[:1] == [tokenizer.bos_token_id]:
+            del more[0]  # one BOS, at the beginning
+        ids += more + answer
+    return ids
+
+
+def fastchat_row(model_id: str, question: dict, turns: list[str]) -> dict:
+    """A row of FastChat's answer file; its answer_id has the length of FastChat's own."""
+    key = json.dumps([model_id, question["question_id"], turns])
+    return {
+        "question_id": question["question_id"],
+        "answer_id": hashlib.sha256(key.encode()).hexdigest()[:22],
+        "model_id": model_id,
+        "choices": [{"index": 0, "turns": turns}],
+        "tstamp": time.time(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Every refusal of a damaged, foreign or missing file of a run: one call a stage, one a step.
+
+A stage calls before_…() first; what it refuses ends in one line that says how to mend it, exit code
+2, and nothing is written. A finished file that was cut off, lost or swapped since is told by the
+number of its lines, by its size (files.json), by the header of safetensors, or by a hash of the
+model that made it (recipe.json, generated.json). docs/troubleshooting.md lists the messages.
+
+run_iterations.sh asks, before anything else:
+    python -m spin.checks --recipe demo      prints run directory, iterations, baseline
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from spin.damage import check_run_files, check_weights, sampled_rows
+from spin.distributed import flags_of_all_ranks, sum_over_ranks
+from spin.files import fail, io_errors_in_one_line, locate, read_json, read_jsonl
+from spin.flags import parse
+from spin.models import has_nonfinite
+from spin.recipe import Recipe, fixed_knobs
+from spin.run import answers_of, hash_of_model, iteration_folder, starting_model
+from spin.tokens import load_tokenizer
+
+RESTORE = "restore it, or choose another --run"
+
+
+def before_generating(recipe: Recipe, run: Path, t: int):
+    """The run is whole and this recipe's; its answers of iteration t, or else θ_t, are there."""
+    run_directory(recipe, run)
+    answers = iteration_folder(run, t) / "generated.jsonl"
+    if answers.exists():
+        same_prompts(run / "prompts.json", read_jsonl(answers), answers)
+    else:
+        theta(recipe, run, t)
+
+
+def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str]):
+    """The run is whole and this recipe's; θ_t and its answers are there, and belong together."""
+    run_directory(recipe, run)
+    if (iteration_folder(run, t, recipe.objective) / "model").is_dir():
+        return
+    start = theta(recipe, run, t, recipe.objective)
+    if foreign_pairs:
+        return
+    hash_of_start = hash_of_model(start, recipe.revision)
+    sampled = iteration_folder(run, t) / "generated.json"
+    made_by = read_json(sampled, RESTORE).get("model", hash_of_start)
+    if recipe.objective == "spin" and made_by != hash_of_start:
+        fail(
+            f"{sampled}l was sampled from another theta_{t} than {start}: "
+            f"delete it and {sampled} and run generate.py again"
+        )
+    tokenizer, vocabulary = load_tokenizer(start, recipe)
+    for s, path in answers_of(recipe, run, t):
+        rows = sampled_rows(path, s, vocabulary, tokenizer.eos_token_id)
+        same_prompts(run / "prompts.json", rows, path)
+
+
+def before_evaluating(recipe: Recipe, run: Path, t: int | None):
+    """The run is whole and this recipe's; θ_{t+1} and its opponent θ_t are there. None: θ_0."""
+    run_directory(recipe, run)
+    if t is None:
+        theta(recipe, run, 0)
+    else:
+        theta(recipe, run, t + 1, recipe.objective)
+        theta(recipe, run, t, recipe.objective)
+
+
+def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
+    """End the run where the loss, the gradient or a weight is NaN or infinite, before it is kept.
+
+    passes: as in metrics.of_step."""
+    loss_is_bad = not all(losses.isfinite().all() for _, _, losses, _ in passes)
+    flags = [loss_is_bad, not grad_norm.isfinite(), has_nonfinite(model.parameters())]
+    flags = flags_of_all_ranks(flags, world)
+    if not flags.any():
+        return
+    named = zip(("the loss", "the gradient", "a weight"), flags, strict=True)
+    what, ranks = next((what, ranks) for what, ranks in named if ranks.any())
+    names = _guilty_pairs(passes, pairs)
+    checkpoint = iteration.folder / "checkpoint"
+    kept = "there was no checkpoint yet"
+    if checkpoint.exists():
+        kept = f"the last good checkpoint is in {checkpoint}"
+    fail(
+        f"step {step} of iteration {iteration.t}: {what} is NaN or infinite, on rank "
+        f"{', '.join(map(str, ranks.nonzero().flatten().tolist()))}; "
+        f"{len(names)} pairs (iter, id): {', '.join(map(str, names[:5]))}"
+        f"{', …' if len(names) > 5 else ''}; nothing of this step was saved, {kept}; look at "
+        "these pairs, or start another --run with a lower --lr"
+    )
+
+
+def _guilty_pairs(passes, pairs) -> list[tuple[int, int]]:
+    """(iter, id) of the pairs whose own loss is not finite, on any rank; else all of the step."""
+    seen = torch.zeros(len(pairs))
+    guilty = torch.zeros(len(pairs))
+    for rows, weight, losses, _ in passes:
+        where = [row["index"] for row in rows]
+        seen[where] = weight
+        guilty[where] = weight * (~losses.isfinite()).float().cpu()
+    seen = sum_over_ranks(seen)
+    guilty = sum_over_ranks(guilty)
+    chosen = guilty if guilty.any() else seen
+    return [(pairs[i]["iter"], pairs[i]["id"]) for i in chosen.nonzero().flatten().tolist()]
+
+
+def run_directory(recipe: Recipe, run: Path):
+    """Refuse a run directory made with another recipe, or damaged."""
+    path = run / "recipe.json"
+    there = next(folder for folder in (run, *run.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        kind = "read-only" if there.is_dir() else "a file"
+        fail(f"--run {run}: {there} is {kind}; a directory that can be written to is wanted")
+    check_run_files(run)
+    if not path.exists():
+        return
+    saved = read_json(path, RESTORE)
+    unknown = (set(saved) ^ set(vars(recipe))) - {"theta_0"}
+    if unknown:
+        fail(
+            f"{path} was written by another version (knobs {', '.join(sorted(unknown))}); "
+            "choose another --run"
+        )
+    other = []
+    for name, value in fixed_knobs(recipe).items():
+        if saved[name] != value:
+            other.append(f"{name}: {saved[name]!r} there, {value!r} asked")
+    if other:
+        fail(
+            f"{run} holds a run of another recipe ({'; '.join(other)}); "
+            "give the same flags, or another --run"
+        )
+
+
+def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
+    """Where θ_t lies; refuses one that is missing, damaged, or not the run's own θ_0."""
+    name = starting_model(recipe, run, t, objective)
+    if t == 0:
+        model_folder(recipe.model)
+        began_with = read_json(run / "recipe.json", RESTORE).get("theta_0")
+        if began_with not in (None, hash_of_model(name, recipe.revision)):
+            fail(
+                f"the weights in {name} are not those that {run} began with: "
+                "restore them, or choose another --run"
+            )
+        return name
+    if not Path(name).is_dir():
+        sft = " --objective sft" if objective == "sft" else ""
+        fail(
+            f"theta_{t} is missing: {name} is made by train.py --iter {t - 1}{sft}, "
+            "which has not finished"
+        )
+    return model_folder(name)
+
+
+def model_folder(name: str) -> str:
+    """A model's folder or hub id; refuses a folder that holds no whole transformers model."""
+    name = locate(name)
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
+    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        fail(
+            f"no model at {name}: --model wants a transformers folder or a hub id "
+            f"such as {Recipe.model}"
+        )
+    check_weights(folder)
+    return name
+
+
+def same_prompts(path: Path, pairs, source) -> str:
+    """The text of RUN/prompts.json: number and hash of the prompts and human answers in source.
+
+    Refuses pairs of others than the file there holds."""
+    number = 0
+    total = 0
+    for pair in pairs:
+        number += 1
+        text = json.dumps([pair.get(name) for name in ("id", "system", "prompt", "real")])
+        # hashes are added up, so that the order does not matter
+        total += int.from_bytes(hashlib.sha256(text.encode()).digest())
+    mine = json.dumps({"prompts": number, "sha256": f"{total % 2**256:064x}"}) + "\n"
+    if path.exists() and path.read_bytes() != mine.encode():
+        fail(
+            f"{number} pairs in {source} that are not those of {path}: it has changed since the "
+            "run began; restore it, or choose another --run"
+        )
+    return mine
+
+
+@io_errors_in_one_line
+def main(argv=None):
+    recipe, args = parse(argv, __doc__)
+    run_directory(recipe, args.run)
+    model_folder(recipe.model)
+    print(args.run, recipe.iterations, int(recipe.sft_baseline), sep="\t")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Two models on the same held-out prompts: B − A, with 95% intervals.
+
+    python -m spin.compare A B [--recipe demo] [--out FILE.json]
+    torchrun --nproc_per_node 8 -m spin.compare A B
+
+A, B: transformers folders or hub ids, such as runs/demo/iter0/model. Start it in the repository's
+root. Prints, and writes where --out says, for each figure of COMPARED: "A", "B", "B-A", "interval".
+The intervals are those of a paired bootstrap over prompts (Efron and Tibshirani, 1993).
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from spin import checks
+from spin.distributed import process_group
+from spin.figures import COLUMNS, figures_by_prompt, read_held_out, same_tokens
+from spin.files import check_out, fail, io_errors_in_one_line, write_json
+from spin.flags import parse
+
+COMPARED = ("expected_exact_match", "nll_per_token", "greedy_exact_match")
+RESAMPLES = 10_000
+FLAGS = (
+    ("A", dict(help="a model: a transformers folder or a hub id")),
+    ("B", dict(help="the model that it is compared with")),
+    ("--out", dict(type=Path, help="write the result to this file")),
+)
+
+
+@io_errors_in_one_line
+def main(argv=None):
+    recipe, args = parse(argv, __doc__.split("\n")[0], *FLAGS)
+    check_out(args.out)
+    a, b = checks.model_folder(args.A), checks.model_folder(args.B)
+    held_out = read_held_out(a, recipe)
+    if not same_tokens(held_out, read_held_out(b, recipe)):
+        fail(f"{a} and {b} have different tokenizers: their figures are not about the same tokens")
+    with process_group() as world:
+        table_a, _ = figures_by_prompt(a, None, held_out, recipe, 0, world)
+        table_b, _ = figures_by_prompt(b, None, held_out, recipe, 0, world)
+        if world.rank > 0:
+            return
+    result = {"A": a, "B": b, **compare(table_a, table_b, recipe.seed)}
+    resamples = f"{RESAMPLES:,} paired resamples of them"
+    print(f"A {a}\nB {b}")
+    print(f"{result['n']} held-out prompts; B − A with the 95% interval of {resamples}")
+    for name in COMPARED:
+        r = result[name]
+        low, high = r["interval"]
+        values = f"A {r['A']:.4f}   B {r['B']:.4f}   B − A {r['B-A']:+.4f}"
+        print(f"{name:22}{values}   [{low:+.4f}, {high:+.4f}]")
+    if args.out:
+        write_json(args.out, result, indent=1)
+
+
+def compare(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
+    """{"n", and for each figure its value for A, for B, the difference and its 95% interval}.
+
+    a, b: (N, columns), a row of figures.COLUMNS a prompt, both in the same order."""
+    n = len(a)
+    of_a, of_b = compared(a.sum(0), n), compared(b.sum(0), n)
+    intervals = np.quantile(paired_bootstrap(a, b, seed), (0.025, 0.975), axis=0)  # (2, 3)
+    result = {"n": n}
+    for k, name in enumerate(COMPARED):
+        one, two = float(of_a[k]), float(of_b[k])
+        interval = intervals[:, k].tolist()
+        result[name] = {"A": one, "B": two, "B-A": two - one, "interval": interval}
+    return result
+
+
+def compared(sums: np.ndarray, n: int) -> np.ndarray:
+    """The figures of COMPARED, (…, 3), from the sums of COLUMNS over n prompts, (…, columns)."""
+    total = dict(zip(COLUMNS, np.moveaxis(sums, -1, 0), strict=True))
+    figures = (
+        total["expected_exact_match"] / n,
+        total["nll"] / total["tokens"],
+        total["greedy_exact_match"] / n,
+    )
+    return np.stack(figures, -1)
+
+
+def paired_bootstrap(a, b, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """compared(b) − compared(a), (resamples, 3): prompts drawn with replacement, the same for both.
+
+    a, b: (N, columns), the rows of both in the same order. That pairing is what makes the interval
+    narrow: most of the spread over prompts is that some prompts are harder, for both."""
+    rng, n = np.random.default_rng(seed), len(a)
+    differences = []
+    for _ in range(math.ceil(resamples / 500)):
+        times = rng.multinomial(n, np.full(n, 1 / n), size=500)  # how often each prompt is drawn
+        differences.append(compared(times @ b, n) - compared(times @ a, n))
+    return np.concatenate(differences)[:resamples]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Figures of a model, prompt by prompt, on held-out pairs. Used by evaluate.py and compare.py.
+
+Two kinds: what the model makes of the human answers (their probability, its greedy answer, a sample
+of its own), and its game of Eq. (4.7) against an opponent, on prompts that were never trained on.
+Each rank takes its share of the prompts and holds one model at a time.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from loss import sequence_logps, spin_margin
+from spin.data import read_rows
+from spin.distributed import sum_over_ranks
+from spin.models import load_frozen
+from spin.packing import balanced_bins, pack, packed
+from spin.run import SHOWN
+from spin.sampling import sample, uniforms
+from spin.selection import select
+from spin.tokens import decode, encode, load_tokenizer
+
+# the figures of one prompt, in the order of a row of the table; eval.json has their means
+COLUMNS = (
+    "expected_exact_match",  # p_θ(y, EOS | x) of the human answer
+    "greedy_exact_match",  # 1 if the greedy answer is the human one
+    "nll",  # −log p_θ(y|x), in nats
+    "tokens",  # of the human answer
+    "win_rate",  # 1 for a positive margin, ½ for a tie
+    "margin",  # the argument of ℓ in (4.7); 0 without an opponent
+    "eos_rate",  # 1 if the model's own sample ended by EOS
+    "mean_length",  # tokens of that sample
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out pairs as one model's tokenizer sees them."""
+
+    pairs: list[dict]  # as data.select gives them, with "real_tokens": ids and response mask of y
+    tokenizer: object
+    counts: dict  # of the rows that were left out, by reason
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the opponent did with a chunk of B pairs."""
+
+    generated: list[tuple]  # y' ~ p_θt, each as ids and response mask
+    logp_real: torch.Tensor  # (B,) log p_θt(y|x)
+    logp_generated: torch.Tensor  # (B,) log p_θt(y'|x)
+
+
+def read_held_out(model_name: str, recipe) -> HeldOut:
+    """The held-out pairs of the recipe, in the tokens of this model."""
+    tokenizer, _ = load_tokenizer(model_name, recipe)
+    rows = read_rows(recipe.eval_data, recipe.eval_split)
+    pairs, counts = select(rows, recipe.eval_data, tokenizer, recipe, recipe.eval_prompts)
+    for pair in pairs:
+        real = encode(tokenizer, recipe.template, pair, pair["real"], recipe.max_length)
+        pair["real_tokens"] = real
+    return HeldOut(pairs, tokenizer, counts)
+
+
+def same_tokens(a: HeldOut, b: HeldOut) -> bool:
+    """Whether two models see the same held-out pairs in the same tokens."""
+    return [p["real_tokens"] for p in a.pairs] == [p["real_tokens"] for p in b.pairs]
+
+
+@torch.no_grad()
+def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, recipe, t: int, world):
+    """(N, columns) on every rank, a row of COLUMNS a pair; and on rank 0 the rows of answers.jsonl.
+
+    t: the iteration of the game, which names its λ and the random numbers of y'."""
+    pairs, tokenizer = held_out.pairs, held_out.tokenizer
+    # longest first, and dealt out in turn, so that all ranks have as much to do
+    order = [(-len(pair["real_tokens"][0]), pair["id"], i) for i, pair in enumerate(pairs)]
+    mine = [i for *_, i in sorted(order)][world.rank :: world.size]
+    starts = range(0, len(mine), recipe.chunk)
+    chunks = [[pairs[i] for i in mine[k : k + recipe.chunk]] for k in starts]
+    total = len(chunks) * (2 if opponent else 1)
+    bar = tqdm(total=total, desc="evaluate", unit="chunk", disable=world.rank > 0)
+
+    # the opponent first: when it has answered and scored, it leaves the memory to the policy
+    played = [None] * len(chunks)
+    if opponent:
+        played = opponent_plays(opponent, chunks, tokenizer, recipe, t, world, bar)
+    model = load_frozen(policy, recipe, world)
+    rows = []
+    for chunk, game in zip(chunks, played, strict=True):
+        rows += figures_of_chunk(model, tokenizer, chunk, game, recipe, t)
+        bar.update()
+
+    shown = []
+    if world.rank == 0:
+        shown = answers_in_words(model, tokenizer, pairs[:SHOWN], recipe, t + 1)
+    table = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float64)
+    table[mine] = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
+    return sum_over_ranks(table).numpy(), shown  # each row was filled by one rank
+
+
+def opponent_plays(opponent: str, chunks, tokenizer, recipe, t: int, world, bar) -> list[Played]:
+    """The opponent answers the prompts of each chunk, and scores the human answers and its own."""
+    model = load_frozen(opponent, recipe, world)
+    played = []
+    for chunk in chunks:
+        answers = sample_answers(model, tokenizer, chunk, recipe, t)
+        generated = [
+            encode(tokenizer, recipe.template, pair, ids)
+            for pair, (ids, _) in zip(chunk, answers, strict=True)
+        ]
+        logp_real = logps(model, [pair["real_tokens"] for pair in chunk], recipe)
+        played.append(Played(generated, logp_real, logps(model, generated, recipe)))
+        bar.update()
+    return played
+
+
+def figures_of_chunk(model, tokenizer, chunk, played: Played | None, recipe, t: int) -> list[list]:
+    """The policy's row of COLUMNS for each of B pairs; played: what the opponent did with them."""
+    real = [pair["real_tokens"] for pair in chunk]
+    logp_real = logps(model, real, recipe)  # (B,)
+    margin = torch.zeros(len(chunk))
+    if played:
+        policy = (logp_real, logps(model, played.generated, recipe))
+        margin = spin_margin(*policy, played.logp_real, played.logp_generated, recipe.at(t).lam)
+        same = [y == generated for y, generated in zip(real, played.generated, strict=True)]
+        margin[torch.tensor(same)] = 0.0  # a tie, which rounding would decide one way or the other
+    greedy = sample_answers(model, tokenizer, chunk, recipe, None)
+    own = sample_answers(model, tokenizer, chunk, recipe, t + 1)
+
+    rows = []
+    for i in range(len(chunk)):
+        y = [token for token, in_response in zip(*real[i], strict=True) if in_response]
+        is_human = greedy[i][0] == y
+        ids, finish = own[i]
+        logp, m = logp_real[i].item(), margin[i].item()
+        win = (m > 0) + 0.5 * (m == 0)
+        rows.append([math.exp(logp), is_human, -logp, len(y), win, m, finish == "eos", len(ids)])
+    return rows
+
+
+def sample_answers(model, tokenizer, pairs, recipe, t: int | None) -> list[tuple]:
+    """The model's own answers to held-out prompts: (ids, why it ended) each.
+
+    At temperature 1, y ~ p_θ(·|x), by the random numbers of iteration t; greedy where t is None."""
+    most, uniform = recipe.max_new_tokens, None
+    if t is not None:  # 1: another stream than generate.py's
+        uniform = np.stack([uniforms(recipe.seed, t, p["id"], 1, number=most) for p in pairs])
+    prompts = [pair["prompt_ids"] for pair in pairs]
+    return sample(model, prompts, tokenizer.eos_token_id, most, uniform, slots=recipe.slots)
+
+
+def answers_in_words(model, tokenizer, pairs, recipe, t: int) -> list[dict]:
+    """The rows of answers.jsonl: samples of the model for the pairs that the report shows."""
+    rows = []
+    answers = sample_answers(model, tokenizer, pairs, recipe, t)
+    for pair, (ids, finish) in zip(pairs, answers, strict=True):
+        row = {"id": pair["id"], "prompt": pair["prompt"], "real": pair["real"], "finish": finish}
+        rows.append({**row, "answer": decode(tokenizer, recipe.template, ids)})
+    return rows
+
+
+def logps(model, sequences, recipe) -> torch.Tensor:
+    """log p_θ(y|x) of each of B sequences (ids, mask), packed as train.py packs them. (B,)"""
+    result = torch.zeros(len(sequences))
+    with packed(model, recipe.attention):
+        for row in balanced_bins([len(ids) for ids, _ in sequences], recipe.micro_tokens):
+            batch = pack([sequences[i] for i in row], model.device)
+            result[row] = sequence_logps(model, *batch).cpu()
+    return result
+
+
+def summarise(table: np.ndarray, game: bool) -> dict:
+    """eval.json from a table of COLUMNS, (N, columns): means, and standard errors over prompts.
+
+    game: whether an opponent played; without one, win_rate and margin are null."""
+    n = len(table)
+    values_of = dict(zip(COLUMNS, table.T, strict=True))
+    nll, tokens = values_of.pop("nll"), values_of.pop("tokens")
+    ratio = nll.sum() / tokens.sum()
+    # a ratio of sums: its first-order deviation a prompt (the delta method)
+    values_of["nll_per_token"] = ratio + (nll - ratio * tokens) / tokens.mean()
+    result = {}
+    for name, values in values_of.items():
+        known = game or name not in ("win_rate", "margin")
+        spread = values.std(ddof=1) / math.sqrt(n) if known and n > 1 else None
+        result[name] = float(values.mean()) if known else None
+        result[f"{name}_stderr"] = None if spread is None else float(spread)
+    return {**result, "n": n}

@@ -1,0 +1,104 @@
+"""The command line of every stage: a flag for each knob of the recipe, and what its value must be.
+
+Knobs: defaults of the dataclass < the flags of RECIPES[--recipe] < flags.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+from spin.files import fail
+from spin.recipe import RECIPES, Recipe
+
+# flags of several stages, as (name, argparse's keywords)
+ITER = ("--iter", {"type": int, "required": True, "help": "iteration t"})
+
+
+def flag(name: str) -> str:
+    """The flag of a knob."""
+    return "--" + name.replace("_", "-")
+
+
+def as_text(value) -> str:
+    """A knob's value as one would write it behind its flag."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists every flag)")
+
+
+def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe that the command line asks for, and the stage's own flags (run, iter, and others).
+    stage_flags: (name, argparse's keywords) each. Refuses a value that breaks its rule."""
+    parser = _Parser(description=description.split("\n")[0], allow_abbrev=False)
+    about = "which table of knobs to start from (default: paper)"
+    parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help=about)
+    about = "run directory (default: runs/RECIPE); under torchrun, which takes --run for its own "
+    about += "--run-path, write --run-dir, or -- before the script"
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", dest="run", help=about)
+    for name, keywords in stage_flags:
+        parser.add_argument(name, **keywords)
+    for f in dataclasses.fields(Recipe):
+        _add_knob(parser, f)
+    argv = sys.argv[1:] if argv is None else argv
+    of_recipe = RECIPES[parser.parse_args(argv).recipe].split()
+    args = parser.parse_args([*of_recipe, *argv])
+    args.run = args.run or Path("runs") / args.recipe
+    recipe = _resolve(args)
+    _check_values(recipe)
+    if (getattr(args, "iter", None) or 0) < 0:
+        fail(f"--iter must be zero or positive, got {args.iter}")
+    return recipe, args
+
+
+def _add_knob(parser, f: dataclasses.Field):
+    first = f.default[0] if isinstance(f.default, tuple) else f.default
+    kind = {"type": type(first), "choices": f.metadata["choices"]}
+    if isinstance(first, bool):
+        kind = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(f.default, tuple):
+        kind["nargs"] = "+"
+    about = f"{f.metadata['help']} (default: {as_text(f.default) or 'none'})"
+    parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
+
+
+def _resolve(args) -> Recipe:
+    given = {}
+    for f in dataclasses.fields(Recipe):
+        if hasattr(args, f.name):
+            value = getattr(args, f.name)
+            given[f.name] = tuple(value) if isinstance(value, list) else value
+    if "model" in given:
+        given.setdefault("revision", "")  # the recipe's revision belongs to the recipe's model
+    return Recipe(**given)
+
+
+def _check_values(recipe: Recipe):
+    for f in dataclasses.fields(recipe):
+        _check_value(f, getattr(recipe, f.name))
+    if recipe.template not in ("paper", "chat") and "{prompt}" not in recipe.template:
+        fail(
+            "--template must be 'paper', 'chat' or a string that holds {prompt}, "
+            f"got {recipe.template!r}"
+        )
+    if recipe.max_new_tokens >= recipe.max_length:
+        fail(
+            f"--max-new-tokens {recipe.max_new_tokens} leaves no room for a prompt "
+            f"in --max-length {recipe.max_length}"
+        )
+
+
+def _check_value(f: dataclasses.Field, value):
+    name, rule = flag(f.name), f.metadata["rule"]
+    if isinstance(value, str):
+        if value.encode(errors="replace") != value.encode(errors="surrogatepass"):
+            fail(f"{name} is not valid UTF-8, got {value!r}")
+        if value == "" and f.name != "revision":
+            fail(f"{name} must not be empty")
+    for v in value if isinstance(value, tuple) else (value,):
+        if rule and not (math.isfinite(v) and rule[1](v)):
+            fail(f"{name} {rule[0]}, got {v}")

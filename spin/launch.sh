@@ -1,0 +1,50 @@
+# Sourced by run_iterations.sh: what it is asked for, where its ranks run; `stage` runs a stage.
+python=${PYTHON:-python}
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+recipe=paper
+if [[ $# -gt 0 && $1 != -* ]]; then recipe=$1; shift; fi
+flags=("$@")
+for flag in "$@"; do  # what the loop decides itself
+  case $flag in --recipe*|--objective*|--iter|--iter=*|--pairs*|--theta0)
+    echo "error: $flag is not for run_iterations.sh: name the recipe first (demo, small, paper)," \
+      "or call the stages yourself" >&2; exit 2 ;;
+  esac
+done
+
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"; gpus=${#visible[@]}
+fi
+nodes=${NNODES:-1}
+if [[ $recipe == paper && $((gpus * nodes)) -lt 8 ]]; then
+  echo "error: the paper recipe needs 8 GPUs of 80 GB (found $((gpus * nodes)));" \
+    "'bash run_iterations.sh demo' runs on any laptop" >&2
+  exit 2
+fi
+plan=$("$python" -m spin.checks --recipe "$recipe" "$@") || exit $?
+IFS=$'\t' read -r run iterations baseline <<<"$plan"
+
+ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+launch=("$python")
+if [[ $gpus -gt 0 || $ranks -gt 1 || $nodes -gt 1 ]]; then
+  where=(--standalone)
+  if [[ $nodes -gt 1 ]]; then where=(--nnodes "$nodes" --node_rank "${NODE_RANK:?}" \
+    --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}"); fi
+  # -- : torchrun would take our --run for its own --run-path
+  launch=("$python" -m torch.distributed.run --nproc_per_node "$ranks" "${where[@]}" --)
+elif [[ $recipe == demo ]]; then  # one thread: the same bytes on any number of cores, no slower
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+
+did=0 child=
+stage() {  # also where a kill has left what a finished stage clears away
+  local result=$1 script=$2 rest=generated.part; shift 2
+  [[ $script == train.py ]] && rest=checkpoint
+  [[ -e $run/$result && ! -e $run/${result%/*}/$rest ]] && return
+  did=1
+  "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" "${flags[@]}" "$@" & child=$!
+  wait "$child"
+}
+# bash would die alone: the stage is told, and may checkpoint before it leaves
+leave() { kill -TERM $child 2>/dev/null && wait "$child" || true; exit 143; }
+trap leave INT TERM

@@ -1,0 +1,182 @@
+"""θ_t from its safetensors: whole, to sample from; or empty, and then read into the shards.
+
+The master weights of training are fp32; matrix products are in the compute dtype.
+"""
+
+import contextlib
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import is_flash_attn_2_available
+
+from spin.distributed import World
+from spin.files import fail, weight_files
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: --dtype, where auto is bf16 on CUDA and fp32 elsewhere."""
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(name, automatic)
+
+
+def attention_name(recipe, world: World) -> str:
+    """transformers' name of --attention; auto is flash-attn where it can be used, else SDPA."""
+    # FlashAttention knows 16-bit numbers only
+    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16
+    flash = world.device.type == "cuda" and half and is_flash_attn_2_available()
+    automatic = "flash_attention_2" if flash else "sdpa"
+    return automatic if recipe.attention == "auto" else recipe.attention
+
+
+def revision_of(name: str, recipe) -> str | None:
+    """The hub revision of a model: the recipe's for the recipe's own, else the newest."""
+    return (recipe.revision if name == recipe.model else "") or None
+
+
+def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
+    """A transformers model in dtype, whole, on the CPU; refused if not all of it can be loaded.
+    In eval mode, and it stays so: with dropout on, the policy before its first update would not be
+    the opponent."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision_of(name, recipe),
+            dtype=dtype,
+            attn_implementation=attention_name(recipe, world),
+            output_loading_info=True,
+            use_safetensors=True,  # a .bin is a pickle
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below
+        )
+    except Exception as problem:  # safetensors, json, OS and hub errors: each: no usable model
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    # of which transformers would only warn
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report[kind]:
+            fail(
+                f"the weights in {name} are not those of its config.json: "
+                f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}; copy or download it again"
+            )
+    return model.eval()
+
+
+def load_frozen(name: str, recipe, world: World):
+    """A model to sample from or to score with, whole on this rank's device, compute dtype."""
+    dtype = compute_dtype(recipe.dtype, world.device)
+    model = load_whole(name, recipe, world, dtype).to(world.device)
+    if has_nonfinite(model.parameters()):
+        fail(
+            f"the weights in {name} hold NaN or infinity: "
+            "it can be neither sampled from nor evaluated, choose another model"
+        )
+    return model
+
+
+def load_empty(name: str, recipe, world: World):
+    """A model to train, without memory for its weights, and the folder for read_weights.
+    Where the names in the files are not the modules' (transformers renames or merges weights of
+    some families), or files or weights lie there that it would not read, every rank lets
+    transformers read the whole model into host memory first."""
+    try:
+        folder = name
+        if not Path(name).is_dir():
+            some = ["*.json", "model*.safetensors"]
+            folder = snapshot_download(
+                name, revision=revision_of(name, recipe), allow_patterns=some
+            )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        attention = attention_name(recipe, world)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attention
+            ).eval()
+        if (Path(folder) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception as problem:
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    second = second_names(model)
+    shapes = {n: w.shape for n, w in model.state_dict().items() if n not in second}
+    same = shapes == {n: w.size for n, w in stored.items()}
+    if not same or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
+        return load_whole(name, recipe, world, torch.float32), folder
+    return model, folder
+
+
+def read_weights(model, folder: str, recipe, world: World):
+    """Fill a sharded model: each rank reads its own part of each weight, and none holds all."""
+    if not any(w.is_meta for w in model.parameters()):
+        return  # it was loaded whole
+    second = second_names(model)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    model.to_empty(device="cpu" if recipe.offload else world.device)
+    for name, buffer in buffers.items():  # computed, not stored: to_empty has lost them
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer.to(world.device))
+    weights = get_model_state_dict(model)
+    dcp.load(
+        {name: w for name, w in weights.items() if name not in second},
+        storage_reader=HuggingFaceStorageReader(folder),
+    )
+
+
+def blocks_of(model, recompute: bool) -> list:
+    """The blocks that FSDP gathers one by one; inside activation checkpointing if recompute."""
+    names = model._no_split_modules or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        fail(
+            f"{type(model).__name__} does not name its blocks (_no_split_modules): "
+            "FSDP cannot shard it block by block"
+        )
+    if recompute:
+        apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
+        blocks = [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
+    return blocks
+
+
+def clip_gradients(model, largest: float) -> torch.Tensor:
+    """Scale the gradients to a norm of at most `largest` over all ranks; returns it before, ()."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
+
+
+def second_names(model) -> set[str]:
+    """Second names of a weight, such as lm_head.weight where the embedding serves as the head."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+@contextlib.contextmanager
+def _parameters_on_meta():
+    """Modules made inside have no memory for their parameters, but keep their buffers."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        # shared ones come a second time, and must stay one object
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
+
+
+def has_nonfinite(tensors) -> bool:
+    """Whether NaN or infinity is in what this rank holds of some tensors (None: of no tensor)."""
+    mine = [x.to_local() if isinstance(x, DTensor) else x for x in tensors if x is not None]
+    mine = [x for x in mine if x.numel()]  # of a weight with few rows, some ranks hold nothing
+    return not torch.nn.utils.get_total_norm(mine, math.inf).isfinite().item()

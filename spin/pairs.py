@@ -1,0 +1,93 @@
+"""The pairs of iteration t as token ids, and how they are cut into batches and micro-batches."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from spin.files import fail
+from spin.packing import balanced_bins
+from spin.recipe import fixed_knobs
+from spin.run import hash_of_model
+from spin.tokens import encode
+
+
+def encode_pairs(rows, tokenizer, recipe) -> list[dict]:
+    """Pairs as token ids: {"id", "iter", "index", "real": (ids, mask), "generated": (ids, mask)}.
+
+    The ids (T,) are int32 and the masks int8 arrays: 100,000 pairs as lists of Python numbers
+    would fill a node's memory."""
+    pairs = []
+    seen = set()
+    for row in rows:
+        if (row["iter"], row["id"]) in seen:
+            fail(
+                f"the pair with iter {row['iter']} and id {row['id']} occurs twice: "
+                "the files do not belong together"
+            )
+        seen.add((row["iter"], row["id"]))
+        pair = {"id": row["id"], "iter": row["iter"], "index": len(pairs)}
+        # sampled ids are taken as they are: decoding loses how they were split
+        sampled = row.get("generated_ids", row["generated"])
+        for half, response in (("real", row["real"]), ("generated", sampled)):
+            ids, mask = encode(tokenizer, recipe.template, row, response, recipe.max_length)
+            pair[half] = np.array(ids, np.int32), np.array(mask, np.int8)
+        pairs.append(pair)
+    if not pairs:
+        fail("there are no pairs to train on")
+    return pairs
+
+
+def hash_of_pairs(pairs) -> str:
+    """A hash of the pairs' tokens, by which a checkpoint knows what it was trained on."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for part in (*pair["real"], *pair["generated"]):
+            digest.update(part.tobytes())
+    return digest.hexdigest()
+
+
+def made_from(start: str, pairs, recipe) -> dict:
+    """What an iteration's scores and checkpoints are made from: θ_t, the pairs, the recipe."""
+    return {
+        "start": hash_of_model(start, recipe.revision),
+        "pairs": hash_of_pairs(pairs),
+        "number": len(pairs),
+        "recipe": fixed_knobs(recipe),
+    }
+
+
+def halves(objective: str) -> tuple[str, ...]:
+    """Which answers of a pair the model has to read: SFT has no use for the generated one."""
+    return ("real", "generated") if objective == "spin" else ("real",)
+
+
+def sequences(rows, objective: str) -> list[tuple]:
+    """(ids, mask) of the rows' answers, all real ones first, then the generated ones."""
+    return [row[half] for half in halves(objective) for row in rows]
+
+
+def tokens(row, objective: str) -> int:
+    """How many tokens of a pair pass through the model."""
+    return sum(len(row[half][0]) for half in halves(objective))
+
+
+def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
+    """The epoch's global batches: each of n pairs once, in an order of (seed, t, epoch) only."""
+    rng = np.random.default_rng((recipe.seed, t, epoch, 2))  # 2: a stream of its own
+    order = rng.permutation(n).tolist()
+    return [order[i : i + recipe.batch_size] for i in range(0, n, recipe.batch_size)]
+
+
+def micro_batches(batch, pairs, recipe, world):
+    """This rank's part of a global batch, in micro-batches: (rows, weight (B,)) each.
+
+    Ranks and micro-batches get equal numbers of tokens, as near as may be, at most --micro-tokens.
+    All ranks make equally many passes, as FSDP must; where pairs run out, the shortest one stands
+    in with weight 0."""
+    sizes = [tokens(pairs[i], recipe.objective) for i in batch]
+    shortest = sizes.index(min(sizes))
+    bins = balanced_bins(sizes, recipe.micro_tokens, world.size)
+    for mine in bins[world.rank :: world.size]:
+        weight = torch.tensor([1.0] * len(mine) or [0.0])
+        yield [pairs[batch[k]] for k in mine or [shortest]], weight

@@ -1,0 +1,125 @@
+"""Pictures of lines with error bars, as SVG text: for the report, demo/theory.py and benchmarks/.
+
+    line = Line("SPIN", [(0, 0.50, 0.01), (1, 0.71, 0.01)])
+    svg = draw_lines("Exact match", [line], "iteration", "probability")
+
+No stage imports this file. matplotlib's Figure is used without pyplot, so nothing needs a screen,
+and no setting of the user's changes a picture: the same input gives the same bytes.
+"""
+
+import base64
+import dataclasses
+import io
+
+# Colour and dash of the first, second, … line: without colour the dash alone tells them apart.
+STYLES = (
+    ("#1f5fa8", "-"),  # blue
+    ("#c2571a", "--"),  # orange
+    ("#1b7f4d", "-."),  # green
+    ("#8a4fb0", ":"),  # purple
+    ("#0f8b9d", (0, (8, 2))),  # teal, long dashes
+    ("#b01f4f", (0, (6, 2, 1, 2, 1, 2))),  # red, a dash and two dots
+    ("#6b6b6b", (0, (2, 3))),  # grey, short dashes far apart
+)
+SIZE = (4.2, 2.8)  # inches, 403 pixels wide, where the letters are about as large as a page's
+SETTINGS = {
+    "font.size": 10,  # points
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it along, so it measures alike anywhere
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e4e4e4",
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.handlelength": 3,  # in letters; long enough to see the dashes
+    "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
+    "svg.hashsalt": "spin",  # ids would be random otherwise
+}
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+@dataclasses.dataclass
+class Line:
+    """One line of a picture."""
+
+    label: str
+    points: list[tuple[float, float, float]]  # x, value, standard error (0: no bar)
+    colour: str = STYLES[0][0]
+    dash: str | tuple = "-"  # a line style of matplotlib
+
+
+def draw_lines(
+    title: str,
+    lines: list[Line],
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    ticks: dict[float, str] | None = None,
+    dots: bool = True,
+) -> str:
+    """Lines over iterations, with bars of ± one standard error, as the text of an SVG file.
+
+    title: not drawn, but read aloud. log: powers of ten on the y axis. ticks: {x: text} below the
+    x axis; None: θ_0, θ_1, … dots: False draws lines alone, for many points, with a vertical line
+    at each tick. Line i stands in the group with the id line-i."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", SETTINGS]):  # not the user's own matplotlibrc
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+        for number, line in enumerate(lines):
+            add_line(axes, line, dots, f"line-{number}")
+        if log:
+            axes.set_yscale("log", nonpositive="clip")
+
+        ticks = ticks or theta_ticks(max(x for line in lines for x, _, _ in line.points))
+        axes.set_xticks(list(ticks), labels=list(ticks.values()))
+        if not dots:
+            axes.grid(axis="x")
+
+        # One line needs no legend: the axis says what it is.
+        if len(lines) > 1:
+            figure.legend(loc="outside upper center", ncols=legend_columns(lines))
+
+        # No date, and no version of matplotlib: a file in the repository changes with its content.
+        told = {"Title": title, "Date": None, "Creator": None}
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata=told)
+    return file.getvalue().decode()
+
+
+def add_line(axes, line: Line, dots: bool, name: str):
+    """Draw a line, with its dots and error bars or alone."""
+    x, values, errors = zip(*line.points, strict=True)
+    (drawn,) = axes.plot(x, values, color=line.colour, linestyle=line.dash, label=line.label)
+    drawn.set(linewidth=1.6 if dots else 1.1, marker="o" if dots else "", markersize=4, gid=name)
+    if any(errors):
+        axes.errorbar(x, values, yerr=errors, fmt="none", ecolor=line.colour)
+
+
+def legend_columns(lines: list[Line]) -> int:
+    """All labels beside each other if they fit into the picture, else as many columns as do."""
+    room = 52  # characters, of which a label's sample of its line takes seven
+    widths = [len(line.label) + 7 for line in lines]
+    return len(lines) if sum(widths) <= room else max(1, room // max(widths))
+
+
+def theta_ticks(last: int) -> dict[float, str]:
+    """{t: "θ_t"} up to `last`, at most nine of them."""
+    every = 1 + last // 9
+    return {t: "θ" + str(t).translate(SUBSCRIPTS) for t in range(0, last + 1, every)}
+
+
+def as_image(svg: str, lines: list[Line]) -> dict[str, str]:
+    """src and alt of an <img>: two SVGs in one page itself would share their ids.
+
+    The alternative text says where each line begins and ends."""
+    values = [(line.label, line.points[0][1], line.points[-1][1]) for line in lines]
+    ends = [f"{label} from {first:.3g} to {last:.3g}" for label, first, last in values]
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    return {"src": source, "alt": "; ".join(ends)}

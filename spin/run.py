@@ -1,0 +1,69 @@
+"""Where things lie in a run directory. Refuses nothing: that is spin/checks.py.
+docs/run-directory.md shows the whole tree."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from spin.files import locate, weight_files, write_json
+from spin.flags import as_text
+from spin.recipe import Recipe
+
+LOGS = ("metrics.jsonl", "opponent.jsonl")  # of a finished iteration: only pictures use them
+SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Iteration t of one objective: its folder, and what it is made from: θ_t, pairs, recipe.
+    Scores and checkpoints made from anything else are not used."""
+
+    t: int
+    folder: Path
+    made_from: dict
+
+
+def iteration_folder(run: Path, t: int, objective: str = "spin") -> Path:
+    """RUN/iter{t}, or RUN/sft/iter{t} for the continued-SFT baseline."""
+    return (run / "sft" if objective == "sft" else run) / f"iter{t}"
+
+
+def starting_model(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
+    """Where θ_t lies: the SFT model for t = 0, else what iteration t − 1 left."""
+    if t == 0:
+        return locate(recipe.model)
+    return str(iteration_folder(run, t - 1, objective) / "model")
+
+
+def answers_of(recipe: Recipe, run: Path, t: int) -> list[tuple[int, Path]]:
+    """(s, generated.jsonl of iteration s) for the iterations whose pairs iteration t trains on:
+    its own and, for t ≥ 1, those of t − 1 (Section 6.1), all scored by θ_t."""
+    first = max(0, t + 1 - recipe.at(t).mix)
+    return [(s, iteration_folder(run, s) / "generated.jsonl") for s in range(first, t + 1)]
+
+
+def hash_of_model(name: str, revision: str) -> str:
+    """A hash of weights and tokenizer, by which a run knows which model it began with.
+    Two trainings of one model differ in the last megabyte of a file; hashing all 29 GB of a 7B
+    model on every rank would cost minutes. A hub model is known by its name and revision."""
+    if not Path(name).is_dir():
+        return f"{name}@{revision}"
+    digest = hashlib.sha256()
+    for path in [*weight_files(Path(name)), *sorted(Path(name).glob("tokenizer*.json"))]:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def save_recipe(recipe: Recipe, run: Path):
+    """Print and write recipe.json, once: every knob as resolved, and a hash of θ_0's weights."""
+    path = run / "recipe.json"
+    if path.exists():
+        return
+    for f in dataclasses.fields(recipe):
+        print(f"{f.name:18}{as_text(getattr(recipe, f.name))}")
+    run.mkdir(parents=True, exist_ok=True)
+    theta_0 = hash_of_model(locate(recipe.model), recipe.revision)
+    write_json(path, {**vars(recipe), "theta_0": theta_0}, indent=1)

@@ -1,0 +1,112 @@
+"""Which rows of an SFT set are used, by which rules the others are left out, and how many.
+
+Nothing is left out without being counted.
+"""
+
+import collections
+import hashlib
+import json
+
+import numpy as np
+
+from spin.damage import check_ids
+from spin.data import read_rows, to_pair
+from spin.files import fail
+from spin.tokens import encode, holds_special, parses_specials
+
+TEXTS = ("system", "prompt", "real", "generated")
+
+
+def select(rows, source: str, tokenizer, recipe, number: int) -> tuple[list[dict], dict]:
+    """The first `number` usable rows in the order that the seed gives: fewer are a subset of more,
+    as the paper's 14k lie in its 26k and these in its 50k.
+
+    Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of
+    what was left out, by rule. A response that is too long is cut, and counted."""
+    pairs = []
+    seen = set()
+    counts = collections.Counter()
+    order = np.random.default_rng((recipe.seed, 0, 0, 3)).permutation(len(rows))  # 3: a stream
+    for index in order.tolist():
+        if len(pairs) == number:
+            break
+        pair = {**to_pair(rows[index], f"{source}, row {index + 1}"), "id": index}
+        counts["read"] += 1
+        prompt = (pair.get("system", ""), pair["prompt"])
+        reason = _why_not(pair, "duplicate prompt" if prompt in seen else None, tokenizer, recipe)
+        if reason is None:
+            seen.add(prompt)
+            # one token more than max_length shows whether the response fits
+            most = recipe.max_length + 1
+            ids, mask = encode(tokenizer, recipe.template, pair, pair["real"], most)
+            pair["prompt_ids"] = ids[: len(ids) - sum(mask)]
+            room = recipe.max_length - recipe.max_new_tokens
+            reason = _why_not_so_long(len(pair["prompt_ids"]), room)
+        if reason is None:
+            pairs.append(pair)
+            reason = "response cut at max_length" if len(ids) > recipe.max_length else "usable"
+        counts[reason] += 1
+    del counts["usable"]
+    if not pairs:
+        fail(f"{source} holds no usable rows ({counts_line(counts)})")
+    return pairs, counts
+
+
+def select_pairs(sources: list[str], tokenizer, vocabulary: int, recipe) -> tuple[list[dict], dict]:
+    """The pairs in the files of --pairs, in any shape that holds y', by the same rules.
+    Returns the pairs, numbered by "id", and the counts of what was left out."""
+    pairs = []
+    seen = set()
+    counts = collections.Counter()
+    for pair in _pairs_in(sources, recipe.split, vocabulary, tokenizer.eos_token_id):
+        counts["read"] += 1
+        # a hash and not the text, for memory: the authors' sets repeat half of their rows
+        key = json.dumps([pair.get(name) for name in (*TEXTS, "generated_ids")])
+        key = hashlib.sha256(key.encode()).digest()
+        reason = _why_not(pair, "duplicate pair" if key in seen else None, tokenizer, recipe)
+        if reason is None:
+            ids, _ = encode(tokenizer, recipe.template, pair, max_length=recipe.max_length)
+            reason = _why_not_so_long(len(ids), recipe.max_length - 1)
+        if reason is None:
+            seen.add(key)
+            pairs.append({**pair, "id": len(pairs)})
+        else:
+            counts[reason] += 1
+    return pairs, counts
+
+
+def _pairs_in(sources: list[str], split: str, vocabulary: int, eos: int):
+    for source in sources:
+        for number, row in enumerate(read_rows(source, split), 1):
+            where = f"{source}, row {number}"
+            pair = to_pair(row, where)
+            if "generated" not in pair:
+                fail(f"{where}: a pair needs a generated response beside the real one")
+            if "generated_ids" in pair:  # from another run's generated.jsonl
+                check_ids(pair, where, vocabulary, eos)
+            yield pair
+
+
+def _why_not(pair: dict, duplicate: str | None, tokenizer, recipe) -> str | None:
+    """The rule by which a pair is left out for its text; None where it can be used."""
+    answers = [pair["real"]]
+    if "generated_ids" not in pair:  # sampled ids may be the EOS alone: an answer without text
+        answers.append(pair.get("generated", pair["real"]))
+    if not all(text.strip() for text in (pair["prompt"], *answers)):
+        return "empty prompt or response"
+    if duplicate:
+        return duplicate
+    spelt = any(holds_special(tokenizer, pair.get(name, "")) for name in TEXTS)
+    parsed = spelt and parses_specials(tokenizer, recipe.template)
+    return "text of a special token" if parsed else None
+
+
+def _why_not_so_long(prompt_tokens: int, room: int) -> str | None:
+    if prompt_tokens == 0:
+        return "prompt of no tokens"
+    return "prompt too long" if prompt_tokens > room else None
+
+
+def counts_line(counts: dict) -> str:
+    """The counts that are not zero, as text."""
+    return ", ".join(f"{name}: {number}" for name, number in counts.items() if number)

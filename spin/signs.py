@@ -1,0 +1,133 @@
+"""What a bad run looks like, in words: for the stages as they run, and for the report."""
+
+import math
+import sys
+
+from tqdm import tqdm
+
+# ℓ(0), the loss where real and generated answers are not told apart.
+LOSS_AT_0 = {"logistic": math.log(2), "hinge": 1.0, "correlation": 1.0, "exponential": 1.0}
+
+
+def warn(message: str | None):
+    """A line on stderr that is a warning, and no error."""
+    if message:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def ended_alike(rows) -> str | None:
+    """In words, what is wrong with an opponent whose answers all ended alike; None if it is well.
+    rows: those of generated.jsonl."""
+    ends = {row["finish"] if row["generated"].strip() else "empty" for row in rows}
+    if ends == {"length"}:
+        return (
+            "every answer was cut off at --max-new-tokens: the model never writes its EOS token; "
+            "has it learnt to, and in this --template? SPIN cannot teach it to stop"
+        )
+    if ends == {"empty"}:
+        return (
+            "every answer is empty: the model ends at once; is this its --template, "
+            "and was theta_t trained too far?"
+        )
+    return None
+
+
+def new_collapse(rows) -> str | None:
+    """all_less_likely of the latest five rows, where it was never to be said of earlier ones."""
+    found = all_less_likely(rows[-5:])
+    if found and not any(all_less_likely(rows[i : i + 5]) for i in range(len(rows) - 5)):
+        return f"step {rows[-1]['step']}: {found}"
+    return None
+
+
+def all_less_likely(rows) -> str | None:
+    """In words, what is wrong when the policy wins by making everything less likely; else None.
+    rows: the latest five rows of metrics.jsonl. The rule: five steps that win every pair, while the
+    log-ratio of the human answers is negative and fell by more than a nat. None while it is well.
+    """
+    if len(rows) < 5 or not all(row["win_rate"] == 1 for row in rows):
+        return None
+    first, last = rows[0]["logratio_real"], rows[-1]["logratio_real"]
+    fall = first - last
+    if fall <= max(1, first):
+        return None
+    return (
+        f"every pair is won, and the human answers lost {fall:.1f} nats in 5 steps: the policy "
+        "makes all answers less likely; a lower --lr, fewer --epochs or a larger --lam would "
+        "hold it back"
+    )
+
+
+def signs_of_trouble(summary: dict, steps: list[list[dict]]) -> list[str]:
+    """What is known to go wrong and is seen in a run, a sentence or two each.
+
+    summary: "recipe" and, under "spin", the eval.json of θ_0, θ_1, … steps: the rows of
+    metrics.jsonl, iteration by iteration. An iteration is judged by the last tenth of its steps."""
+    start = LOSS_AT_0[summary["recipe"].get("ell", "logistic")]
+    models = summary["spin"]
+    found = []
+    for t, rows in enumerate(steps):
+        if rows:
+            end = late_means(rows)
+            found += trouble_in_training(t, end, start)
+            found += drifting_lengths(t + 1, models, end["length_real"])
+    for t, figures in enumerate(models):
+        if figures["eos_rate"] < 0.9:
+            found.append(
+                f"θ_{t}: {1 - figures['eos_rate']:.0%} of its answers were cut off at "
+                "--max-new-tokens; they have no end to learn from."
+            )
+    return found
+
+
+def late_means(rows: list[dict]) -> dict[str, float]:
+    """Means over the last tenth of an iteration's steps, one step at least."""
+    late = rows[-max(1, len(rows) // 10) :]
+    keys = ("loss", "logratio_real", "length_real")
+    return {key: sum(row[key] for row in late) / len(late) for key in keys}
+
+
+def trouble_in_training(t: int, end: dict, start: float) -> list[str]:
+    """Of iteration t: nothing learnt, or the human answers pushed down. start: ℓ(0)."""
+    found = []
+    if end["loss"] > 0.97 * start:
+        found.append(
+            f"Iteration {t}: the loss ended at {end['loss']:.3f} and began at {start:.3f}, "
+            "where real and generated answers are not told apart. The learning rate or the number "
+            "of steps may be too small, or too large; or nothing is left to learn."
+        )
+    if end["logratio_real"] < 0:
+        found.append(
+            f"Iteration {t}: the human answers became less likely, by "
+            f"{-end['logratio_real']:.2f} nats on average: the policy wins by making the "
+            "generated ones less likely still. A lower learning rate, a larger λ or fewer epochs "
+            "help."
+        )
+    return found
+
+
+def drifting_lengths(t: int, models: list[dict], human: float) -> list[str]:
+    """Of θ_t: its answers' mean length is further from the human one, in tokens, than θ_0's was.
+
+    Distances are ratios, so half as long is as far as twice as long; a quarter more is allowed."""
+    mine = models[t]["mean_length"]
+    first = models[0]["mean_length"]
+    distance = abs(math.log(max(mine, 0.1) / human))
+    distance_before = abs(math.log(max(first, 0.1) / human))
+    if distance <= distance_before + math.log(1.25):
+        return []
+    return [
+        f"θ_{t}: its answers have {mine:.1f} tokens on average, the human ones {human:.1f}: "
+        f"the lengths drift away from them (θ_0: {first:.1f})."
+    ]
+
+
+def thinned(rows: list[dict], key: str, most: int = 400) -> list[tuple[float, float, float]]:
+    """(step, value, 0) of a key, at most so many: each the mean over as many steps as it takes."""
+    size = -(-len(rows) // most)  # rounded up
+    points = []
+    for first in range(0, len(rows), size):
+        values = [row[key] for row in rows[first : first + size] if row.get(key) is not None]
+        if values:
+            points.append((first + (size - 1) / 2, sum(values) / len(values), 0))
+    return points

@@ -1,0 +1,169 @@
+"""A decode loop that never waits for the longest answer, and how a uniform number becomes a token.
+
+A finished answer leaves its slot at once, and a waiting prompt takes it.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers import TopPLogitsWarper
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from spin.files import fail
+
+# prompts enter when an eighth of the slots is free: a pass for one takes as long as a step for all
+REFILL = 8
+
+
+def pick_token(logits, uniform, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
+    """The first token whose cumulative probability exceeds the uniform number: y_j ~ p_θ.
+    logits (B, V); uniform (B,) in float64, or None for greedy. Returns (B,)."""
+    if not logits.amax(-1).isfinite().all():
+        fail(
+            "the model's logits are NaN or infinite, though its weights are not: "
+            "choose another model, or try --dtype fp32"
+        )
+    if uniform is None or temperature == 0:
+        return logits.argmax(-1)
+    scores = logits.float() / temperature  # (B, V)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    # near 1, fp32 would swallow every token rarer than 6e-8
+    cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # uniform < 1, so there is always such a token
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+@dataclass
+class Pass:
+    """What the running forward pass is about. transformers fixes what a layer is told, so all
+    layers share this."""
+
+    first: int = 0  # slot
+    columns: torch.Tensor | None = None  # (b, T), those to write
+    width: int = 0  # of the columns to see
+
+
+class Slots(DynamicLayer):
+    """The keys and values of one layer: an answer lies in its slot from column 0 on."""
+
+    def __init__(self, slots: int, length: int, now: Pass):
+        super().__init__()
+        self.slots = slots
+        self.length = length
+        self.now = now
+
+    def update(self, keys, values, *_, **__):  # (b, heads, T, dim) each
+        if not self.is_initialized:
+            self.keys = self._room_for(keys)
+            self.values = self._room_for(values)
+            self.is_initialized = True
+        rows = slice(self.now.first, self.now.first + len(keys))
+        each = torch.arange(len(keys), device=keys.device)[:, None]
+        self.keys[rows][each, :, self.now.columns] = keys.transpose(1, 2)
+        self.values[rows][each, :, self.now.columns] = values.transpose(1, 2)
+        return self.keys[rows, :, : self.now.width], self.values[rows, :, : self.now.width]
+
+    def _room_for(self, x):  # (slots, heads, length, dim)
+        return x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3])
+
+    def get_seq_length(self) -> int:
+        return self.now.width - self.now.columns.shape[1]
+
+
+def keeps_every_key(model, length: int) -> bool:
+    """Whether each layer sees all earlier tokens of `length`, their order told by position_ids:
+    what Slots can hold."""
+    for layer in DynamicCache(config=model.config).layers:
+        window = type(layer) is DynamicSlidingWindowLayer and length <= layer.sliding_window
+        if model._is_stateful or not (window or type(layer) is DynamicLayer):
+            return False
+    # the angles of these two follow the longest row of the batch
+    rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
+    if "'dynamic'" in rope or "'longrope'" in rope:
+        return False
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def forward_in_slots(model, cache, ids, first: int, columns, width: int) -> torch.Tensor:
+    """One pass for tokens whose columns are their positions. ids, columns: (b, T) → (b, V)."""
+    now = cache.layers[0].now
+    now.first = first
+    now.columns = columns
+    now.width = width
+    seen = torch.arange(width, device=ids.device) <= columns[:, -1:]
+    return model(
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=columns,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def enter(model, cache, prompts: list[list[int]], first: int):
+    """Write the keys and values of new prompts into the slots from `first` on: all but each
+    prompt's last token, which then goes the way of any other."""
+    longest = max(map(len, prompts)) - 1
+    if longest:
+        # the padding is written over later
+        padded = [p[:-1] + [0] * (longest + 1 - len(p)) for p in prompts]
+        ids = torch.tensor(padded, dtype=torch.long, device=model.device)
+        columns = torch.arange(longest, device=model.device).expand_as(ids)
+        forward_in_slots(model, cache, ids, first, columns, longest)
+
+
+def close_gaps(cache, state, done, width: int):
+    """The last slots in use move into those that fell free. state (3, n) → (3, n still in use)."""
+    left = len(done) - int(done.sum())
+    hole = done[:left].nonzero()[:, 0]
+    mover = (~done[left:]).nonzero()[:, 0] + left
+    for layer in cache.layers:
+        layer.keys[hole, :, :width] = layer.keys[mover, :, :width]
+        layer.values[hole, :, :width] = layer.values[mover, :, :width]
+    state[:, hole] = state[:, mover]
+    return state[:, :left]
+
+
+def decode_in_slots(
+    model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots
+) -> list[list[int]]:
+    """The ids sampled for each prompt: up to the EOS, and EOS behind it, max_new_tokens each.
+    When a prompt enters and which slot it has depends on the arguments and the answers only."""
+    slots = min(slots, len(prompts))
+    length = max(map(len, prompts)) + max_new_tokens
+    now = Pass()
+    layers = [Slots(slots, length, now) for _ in DynamicCache(config=model.config).layers]
+    cache = Cache(layers=layers)
+    answers = torch.full((len(prompts), max_new_tokens), eos, device=model.device)
+    start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)
+    # (3, n), the slots in use: which prompt, its last token, that token's column
+    state = torch.empty(3, 0, dtype=torch.long, device=model.device)
+    taken = 0
+    while taken < len(prompts) or state.shape[1]:
+        # waiting prompts take the free slots
+        free = slots - state.shape[1]
+        new = prompts[taken : taken + free] if free * REFILL >= slots else []
+        if new:
+            enter(model, cache, new, slots - free)
+            rows = [[taken + i, p[-1], len(p) - 1] for i, p in enumerate(new)]
+            state = torch.cat([state, torch.tensor(rows, device=model.device).T], 1)
+            taken += len(new)
+
+        # one token for every answer in progress
+        which, token, column = state
+        step = column - start[which]
+        width = int(column.max()) + 1
+        logits = forward_in_slots(model, cache, token[:, None], 0, column[:, None], width)  # (n, V)
+        numbers = None if uniform is None else uniform[which, step]
+        token = pick_token(logits, numbers, temperature, top_p)
+        answers[which, step] = token
+
+        # finished answers leave
+        done = (token == eos) | (step + 1 == max_new_tokens)
+        state = torch.stack([which, token, column + 1])
+        if done.any():
+            state = close_gaps(cache, state, done, width)
+    return answers.tolist()
