@@ -33,18 +33,18 @@ from spin.run import iteration_folder, save_recipe, starting_model
 from spin.selection import counts_line
 
 FLAGS = (
-    ("--iter", dict(type=int, help="evaluate what iteration t made")),
-    ("--theta0", dict(action="store_true", help="evaluate theta_0")),
-    ("--opponent", dict(help="with --model: the model that plays y'")),
-    ("--tasks", dict(nargs="+", metavar="NAME", help="paper, extra, or lm_eval's own tasks")),
-    ("--limit", dict(type=int, help="with --tasks: at most so many questions a task")),
-    ("--out", dict(type=Path, help="with --model: write the result to this file")),
+    ("--iter", {"type": int, "help": "evaluate what iteration t made"}),
+    ("--theta0", {"action": "store_true", "help": "evaluate theta_0"}),
+    ("--opponent", {"help": "with --model: the model that plays y'"}),
+    ("--tasks", {"nargs": "+", "metavar": "NAME", "help": "paper, extra, or lm_eval's own"}),
+    ("--limit", {"type": int, "help": "with --tasks: at most so many questions a task"}),
+    ("--out", {"type": Path, "help": "with --model: write the result to this file"}),
 )
 
 
 @io_errors_in_one_line
 def main(argv=None):
-    recipe, args = parse(argv, __doc__.split("\n")[0], *FLAGS)
+    recipe, args = parse(argv, __doc__, *FLAGS)
     check_flags(args)
     policy, opponent, t, out = whom_to_evaluate(recipe, args)
     if out and out.exists():

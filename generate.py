@@ -24,13 +24,7 @@ from spin import checks, signs
 from spin.damage import chunks_done
 from spin.data import read_rows
 from spin.distributed import barrier, next_chunk, process_group
-from spin.files import (
-    io_errors_in_one_line,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-    write_whole,
-)
+from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl, write_whole
 from spin.flags import ITER, parse
 from spin.models import load_frozen
 from spin.run import hash_of_model, iteration_folder, save_recipe, starting_model
@@ -49,7 +43,6 @@ def main(argv=None):
     if out.exists():
         shutil.rmtree(parts_folder, ignore_errors=True)  # a kill may have come between
         return print(f"{out} is there already: nothing to do")
-
     opponent = starting_model(recipe, run, t)
     tokenizer, _ = load_tokenizer(opponent, recipe)
     rows = read_rows(recipe.data, recipe.split)
@@ -64,14 +57,13 @@ def main(argv=None):
     with process_group() as world:
         model = load_frozen(opponent, recipe, world)
         barrier()  # nobody writes before everybody has seen what is missing and has its model
+        parts_folder.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:
             print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(left_out)})")
             save_recipe(recipe, run)
             write_whole(run / "prompts.json", prompts)
-            out.parent.mkdir(exist_ok=True)
             made_by = {"model": hash_of_model(opponent, recipe.revision)}
             write_json(out.with_suffix(".json"), made_by)
-        parts_folder.mkdir(parents=True, exist_ok=True)
 
         # a free rank takes the next chunk
         bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
@@ -80,7 +72,6 @@ def main(argv=None):
                 write_jsonl(parts[k], answer(model, tokenizer, chunks[k], recipe, t))
             bar.update(k + 1 - bar.n)  # those before k are taken too, by any rank
         bar.close()
-
         barrier()
         if world.rank == 0:
             rows = [row for part in parts for row in read_jsonl(part)]

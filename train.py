@@ -21,12 +21,8 @@ import sys
 import time
 
 import torch
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.optim import RMSprop
 from tqdm import tqdm
 
 from loss import sequence_logps, sft_loss, spin_loss
@@ -73,9 +69,7 @@ def main(argv=None):
         read_weights(model, folder, recipe, world)
         # Appendix B.1: no weight decay. foreach would make temporaries as large as the rank's part
         # of the model
-        optimizer = torch.optim.RMSprop(
-            model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False
-        )
+        optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         barrier()  # nobody writes before everybody has its model
         with packed(model, recipe.attention):
             if world.rank == 0:
@@ -147,7 +141,6 @@ def shard(model, recipe, world):
     options = {
         "mesh": device_mesh(recipe.replicas, world),
         "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-        "offload_policy": OffloadPolicy(),
     }
     if recipe.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())

@@ -12,6 +12,7 @@ run_iterations.sh asks, before anything else:
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -72,7 +73,6 @@ def before_evaluating(recipe: Recipe, run: Path, t: int | None):
 
 def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
     """End the run where the loss, the gradient or a weight is NaN or infinite, before it is kept.
-
     passes: as in metrics.of_step."""
     loss_is_bad = not all(losses.isfinite().all() for _, _, losses, _ in passes)
     flags = [loss_is_bad, not grad_norm.isfinite(), has_nonfinite(model.parameters())]
@@ -82,10 +82,10 @@ def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
     named = zip(("the loss", "the gradient", "a weight"), flags, strict=True)
     what, ranks = next((what, ranks) for what, ranks in named if ranks.any())
     names = _guilty_pairs(passes, pairs)
-    checkpoint = iteration.folder / "checkpoint"
-    kept = "there was no checkpoint yet"
-    if checkpoint.exists():
-        kept = f"the last good checkpoint is in {checkpoint}"
+    kept = f"the last good checkpoint is in {iteration.folder / 'checkpoint'}"
+    if not (iteration.folder / "checkpoint").exists():
+        kept = "there was no checkpoint yet"
+    print(file=sys.stderr)  # the progress bar has left its line open
     fail(
         f"step {step} of iteration {iteration.t}: {what} is NaN or infinite, on rank "
         f"{', '.join(map(str, ranks.nonzero().flatten().tolist()))}; "
@@ -101,11 +101,9 @@ def _guilty_pairs(passes, pairs) -> list[tuple[int, int]]:
     guilty = torch.zeros(len(pairs))
     for rows, weight, losses, _ in passes:
         where = [row["index"] for row in rows]
-        seen[where] = weight
-        guilty[where] = weight * (~losses.isfinite()).float().cpu()
-    seen = sum_over_ranks(seen)
-    guilty = sum_over_ranks(guilty)
-    chosen = guilty if guilty.any() else seen
+        seen[where] += weight
+        guilty[where] += weight * (~losses.isfinite()).float().cpu()
+    chosen = guilty if sum_over_ranks(guilty).any() else sum_over_ranks(seen)
     return [(pairs[i]["iter"], pairs[i]["id"]) for i in chosen.nonzero().flatten().tolist()]
 
 
@@ -126,10 +124,8 @@ def run_directory(recipe: Recipe, run: Path):
             f"{path} was written by another version (knobs {', '.join(sorted(unknown))}); "
             "choose another --run"
         )
-    other = []
-    for name, value in fixed_knobs(recipe).items():
-        if saved[name] != value:
-            other.append(f"{name}: {saved[name]!r} there, {value!r} asked")
+    asked = {name: value for name, value in fixed_knobs(recipe).items() if saved[name] != value}
+    other = [f"{name}: {saved[name]!r} there, {value!r} asked" for name, value in asked.items()]
     if other:
         fail(
             f"{run} holds a run of another recipe ({'; '.join(other)}); "
@@ -175,12 +171,10 @@ def model_folder(name: str) -> str:
 
 def same_prompts(path: Path, pairs, source) -> str:
     """The text of RUN/prompts.json: number and hash of the prompts and human answers in source.
-
     Refuses pairs of others than the file there holds."""
     number = 0
     total = 0
-    for pair in pairs:
-        number += 1
+    for number, pair in enumerate(pairs, 1):  # noqa: B007 – their number is wanted after the loop
         text = json.dumps([pair.get(name) for name in ("id", "system", "prompt", "real")])
         # hashes are added up, so that the order does not matter
         total += int.from_bytes(hashlib.sha256(text.encode()).digest())

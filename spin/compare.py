@@ -21,16 +21,14 @@ from spin.flags import parse
 
 COMPARED = ("expected_exact_match", "nll_per_token", "greedy_exact_match")
 RESAMPLES = 10_000
-FLAGS = (
-    ("A", dict(help="a model: a transformers folder or a hub id")),
-    ("B", dict(help="the model that it is compared with")),
-    ("--out", dict(type=Path, help="write the result to this file")),
-)
+A = ("A", {"help": "a model: a transformers folder or a hub id"})
+B = ("B", {"help": "the model that it is compared with"})
+OUT = ("--out", {"type": Path, "help": "write the result to this file"})
 
 
 @io_errors_in_one_line
 def main(argv=None):
-    recipe, args = parse(argv, __doc__.split("\n")[0], *FLAGS)
+    recipe, args = parse(argv, __doc__, A, B, OUT)
     check_out(args.out)
     a, b = checks.model_folder(args.A), checks.model_folder(args.B)
     held_out = read_held_out(a, recipe)

@@ -15,22 +15,19 @@ def read_rows(source: str, split: str = "train"):
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         return _hub_rows(source, split)
     try:
-        rows = _file_rows(path)
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # comes with datasets
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        else:
+            rows = list(read_jsonl(path))
     except (OSError, ValueError, RecursionError, OverflowError) as problem:
         fail(f"cannot read {path}: {problem}")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         fail(f"{path} holds no rows: a list of objects is wanted")
     return rows
-
-
-def _file_rows(path: Path):
-    if path.suffix == ".parquet":
-        import pyarrow.parquet  # comes with datasets
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    return list(read_jsonl(path))
 
 
 def _hub_rows(source: str, split: str):
@@ -99,7 +96,12 @@ def to_pair(row: dict, where: str) -> dict:
     for names, read in SHAPES.items():
         if all(name in row for name in names):
             try:
-                return _of_text(read(row))
+                pair = read(row)
+                for name in ("prompt", "real", "system", "generated"):
+                    if not isinstance(pair.get(name, ""), str):
+                        raise TypeError(f"its {name} is no text")
+                    pair.get(name, "").encode()  # without lone surrogates
+                return pair
             except (KeyError, TypeError, ValueError, AttributeError) as problem:
                 fail(
                     f"{where}: the row has the shape {'/'.join(names)}, "
@@ -109,12 +111,3 @@ def to_pair(row: dict, where: str) -> dict:
         f"{where}: unknown shape with fields {', '.join(map(str, row)) or '(none)'}; known: "
         + "; ".join("/".join(names) for names in SHAPES)
     )
-
-
-def _of_text(pair: dict) -> dict:
-    for name in ("prompt", "real", "system", "generated"):
-        text = pair.get(name, "")
-        if not isinstance(text, str):
-            raise TypeError(f"its {name} is no text")
-        text.encode()  # without lone surrogates
-    return pair

@@ -80,9 +80,8 @@ def _keep_freed_memory():
 
 def first_cause(problem: Exception) -> Exception:
     """The first rank's exception, where torch has gathered those of all, tracebacks and all."""
-    if isinstance(problem, CheckpointException):
-        return next(iter(problem.failures.values()))[0]
-    return problem
+    gathered = isinstance(problem, CheckpointException)
+    return next(iter(problem.failures.values()))[0] if gathered else problem
 
 
 @contextlib.contextmanager

@@ -21,8 +21,7 @@ def fail(message: str):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     line = " ".join(str(message).split())
-    if len(line) >= 1000:
-        line = line[:1000] + " …"
+    line = line if len(line) < 1000 else line[:1000] + " …"
     print("error: " + line, file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -93,36 +92,27 @@ def read_jsonl(path: Path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _object_in(line, f"{path}, line {number}")
-
-
-def _object_in(line: bytes, where: str) -> dict:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if not isinstance(row, dict):
-            raise ValueError("not an object")
-        return row
-    except (
-        ValueError,
-        RecursionError,
-    ) as problem:  # of JSON, or of UTF-8; brackets a thousand deep
-        fail(f"{where}: {problem}")
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                except (ValueError, RecursionError) as problem:  # brackets a thousand deep
+                    fail(f"{path}, line {number}: {problem}")
+                yield row
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads the weights in a folder from."""
     index = read_json(folder / "model.safetensors.index.json", "copy or download it again")
+    parts = {folder / name for name in index.get("weight_map", {}).values()}
     whole = folder / "model.safetensors"
-    if whole.is_file():
-        return [whole]
-    return sorted({folder / name for name in index.get("weight_map", {}).values()})
+    return [whole] if whole.is_file() else sorted(parts)
 
 
 def locate(name: str) -> str:
     """A path as the user means it: from the working directory, else from this repository."""
-    if not Path(name).exists() and (REPOSITORY / name).exists():
-        return str(REPOSITORY / name)
-    return name
+    ours = not Path(name).exists() and (REPOSITORY / name).exists()
+    return str(REPOSITORY / name) if ours else name
 
 
 def check_out(out: Path | None):

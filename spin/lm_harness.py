@@ -8,7 +8,6 @@ as ./allenai/ai2_arc: the package datasets looks there first.
 
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,15 +19,6 @@ from spin.paper_tables import DIFFERS, TABLES, beside_the_paper, text_table
 from spin.tokens import load_tokenizer
 
 INSTALL = "pip install 'lm_eval[hf]==0.4.13'"
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One line of --tasks, its data sets read."""
-
-    name: str  # of a task, a group such as mmlu, or a tag
-    shots: int | None  # few-shot examples; None: the task's own number
-    parts: list  # lm_eval's Task objects, or the one Group
 
 
 def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None, out: Path | None):
@@ -60,6 +50,7 @@ def import_lm_eval():
         import datasets
         import lm_eval.models.huggingface  # needs accelerate too
         import lm_eval.tasks
+        import lm_eval.utils
     except ImportError as problem:
         fail(f"--tasks needs the Language Model Evaluation Harness ({problem}): {INSTALL}")
     for name in ("lm_eval", "huggingface_hub"):  # which would tell of each retry
@@ -78,7 +69,7 @@ def load_benchmarks(asked: list[str], positions: int | None):
     wanted = []
     for name in asked:
         if name in TABLES:
-            wanted += [(task, shots) for _, task, shots, _ in TABLES[name][0]]
+            wanted += [(task, shots) for _, task, shots, _ in TABLES[name]["tasks"]]
         elif name in manager.all_tasks:
             wanted.append((name, None))
         else:
@@ -86,11 +77,12 @@ def load_benchmarks(asked: list[str], positions: int | None):
                 f"--tasks {name}: the harness knows no task of this name (paper, extra, or one of "
                 "`lm_eval ls tasks`)"
             )
-    return manager, [load_benchmark(manager, *which, positions) for which in dict.fromkeys(wanted)]
+    wanted = dict.fromkeys(wanted)
+    return manager, [(*one, tasks_of(manager, one[0], positions)) for one in wanted]
 
 
-def load_benchmark(manager, name: str, shots: int | None, positions: int | None) -> Benchmark:
-    """A task, or the tasks of a group or tag, with their data sets read."""
+def tasks_of(manager, name: str, positions: int | None) -> list:
+    """lm_eval's Task, or the tasks of a tag, or the one Group, with their data sets read."""
     try:
         found = manager.load([name])
     except Exception as problem:  # of the hub's client, of datasets, of the task's code: no data
@@ -107,7 +99,7 @@ def load_benchmark(manager, name: str, shots: int | None, positions: int | None)
                 "positions: leave it out"
             )
     group = found["groups"].get(name)
-    return Benchmark(name, shots, [group] if group else list(found["tasks"].values()))
+    return [group] if group else list(found["tasks"].values())
 
 
 def generates(task) -> int:
@@ -147,29 +139,20 @@ def as_lm(model, tokenizer, batch: int, world):
     return RankedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
 
 
-def figures_of_tasks(lm, manager, benchmarks: list[Benchmark], limit: int | None) -> dict:
+def figures_of_tasks(lm, manager, benchmarks: list[tuple], limit: int | None) -> dict:
     """{task: {"shots", "n", "figures": {metric: [value, standard error]}}}; empty but on rank 0."""
     found = {}
-    for benchmark in benchmarks:
-        result = import_lm_eval().simple_evaluate(
-            lm,
-            tasks=benchmark.parts,
-            num_fewshot=benchmark.shots,
-            limit=limit,
-            log_samples=False,
-            task_manager=manager,
-        )
+    how = {"limit": limit, "log_samples": False, "task_manager": manager}
+    for benchmark, shots, tasks in benchmarks:
+        result = import_lm_eval().simple_evaluate(lm, tasks=tasks, num_fewshot=shots, **how)
         if result is None:  # rank 0 alone has the figures
             continue
         for name, figures in result["results"].items():
             # of a group its mean, if it has one, else its tasks
-            if name == benchmark.name or benchmark.name not in result["results"]:
-                found[name] = {
-                    "shots": benchmark.shots,
-                    "n": figures.get("sample_len"),
-                    "figures": values_and_errors(figures),
-                }
-                print(*lines(name, found[name]), sep="\n", flush=True)
+            if name == benchmark or benchmark not in result["results"]:
+                found[name] = {"shots": shots, "n": figures.get("sample_len")}
+                found[name]["figures"] = values_and_errors(figures)
+        print(import_lm_eval().utils.make_table(result), flush=True)
     return found
 
 
@@ -183,12 +166,3 @@ def values_and_errors(figures: dict) -> dict[str, list]:
             known = isinstance(error, (int, float)) and error == error  # neither "N/A" nor NaN
             pairs[key] = [float(value), float(error) if known else None]
     return pairs
-
-
-def lines(name: str, result: dict) -> list[str]:
-    """The figures of a task in words, a line a metric."""
-    texts = []
-    for metric, (value, error) in result["figures"].items():
-        plus_minus = "–" if error is None else f"{error:.4f}"
-        texts.append(f"{name:34}{metric:28}{value:.4f} ± {plus_minus}   ({result['n']} questions)")
-    return texts

@@ -89,29 +89,25 @@ def load_empty(name: str, recipe, world: World):
     some families), or files or weights lie there that it would not read, every rank lets
     transformers read the whole model into host memory first."""
     try:
-        folder = name
+        revision = revision_of(name, recipe)
         if not Path(name).is_dir():
-            some = ["*.json", "model*.safetensors"]
-            folder = snapshot_download(
-                name, revision=revision_of(name, recipe), allow_patterns=some
-            )
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        attention = attention_name(recipe, world)
+            wanted = ["*.json", "model*.safetensors"]
+            name = snapshot_download(name, revision=revision, allow_patterns=wanted)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        how = {"dtype": torch.float32, "attn_implementation": attention_name(recipe, world)}
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attention
-            ).eval()
-        if (Path(folder) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+            model = AutoModelForCausalLM.from_config(config, **how).eval()
+        if (Path(name) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(name)
+        stored = HuggingFaceStorageReader(name).read_metadata().state_dict_metadata
     except Exception as problem:
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     second = second_names(model)
     shapes = {n: w.shape for n, w in model.state_dict().items() if n not in second}
     same = shapes == {n: w.size for n, w in stored.items()}
-    if not same or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
-        return load_whole(name, recipe, world, torch.float32), folder
-    return model, folder
+    if not same or weight_files(Path(name)) != sorted(Path(name).glob("*.safetensors")):
+        return load_whole(name, recipe, world, torch.float32), name
+    return model, name
 
 
 def read_weights(model, folder: str, recipe, world: World):
@@ -124,11 +120,8 @@ def read_weights(model, folder: str, recipe, world: World):
     for name, buffer in buffers.items():  # computed, not stored: to_empty has lost them
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, buffer.to(world.device))
-    weights = get_model_state_dict(model)
-    dcp.load(
-        {name: w for name, w in weights.items() if name not in second},
-        storage_reader=HuggingFaceStorageReader(folder),
-    )
+    weights = {n: w for n, w in get_model_state_dict(model).items() if n not in second}
+    dcp.load(weights, storage_reader=HuggingFaceStorageReader(folder))
 
 
 def blocks_of(model, recompute: bool) -> list:

@@ -30,15 +30,13 @@ from spin.tokens import decode, encode, load_tokenizer
 # FastChat's temperature_config by category, and its 0.7 for the others
 TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
 OTHERWISE = 0.7
-FLAGS = (
-    ("questions", dict(metavar="QUESTIONS", help="MT-Bench's question.jsonl")),
-    ("--out", dict(type=Path, metavar="NAME.jsonl", help="where the answers go")),
-)
+QUESTIONS = ("questions", {"metavar": "QUESTIONS", "help": "MT-Bench's question.jsonl"})
+OUT = ("--out", {"type": Path, "metavar": "NAME.jsonl", "help": "where the answers go"})
 
 
 @io_errors_in_one_line
 def main(argv=None):
-    recipe, args = parse(argv, __doc__.split("\n")[0], *FLAGS)
+    recipe, args = parse(argv, __doc__, QUESTIONS, OUT)
     check_out(args.out)
     if not args.out or args.out.suffix != ".jsonl":
         fail("spin.mt_bench needs --out NAME.jsonl: FastChat takes the file's name for the model's")
@@ -64,24 +62,21 @@ def main(argv=None):
 
 
 def read_questions(source: str) -> list[dict]:
-    """FastChat's questions; ends with one line at a row that is none."""
+    """FastChat's questions; refuses a row that is none."""
     questions = list(read_rows(source))
     for number, row in enumerate(questions, 1):
-        if not is_question(row):
+        turns = row.get("turns")
+        try:  # text, and no half of a surrogate pair
+            "".join([row.get("category", ""), *turns]).encode()
+            good = "question_id" in row and isinstance(turns, list) and turns and all(turns)
+        except (TypeError, UnicodeError):
+            good = False
+        if not good:
             fail(
                 f"{source}, row {number}: a question has a question_id and turns, a list of texts, "
                 "and maybe a category"
             )
     return questions
-
-
-def is_question(row: dict) -> bool:
-    try:
-        turns = row["turns"]
-        "".join([row.get("category", ""), *turns]).encode()  # text, and no half of a surrogate pair
-    except (KeyError, TypeError, UnicodeError):
-        return False
-    return "question_id" in row and isinstance(turns, list) and turns != [] and all(turns)
 
 
 def check_room(questions, policy: str, tokenizer, recipe):

@@ -10,6 +10,7 @@ and no setting of the user's changes a picture: the same input gives the same by
 import base64
 import dataclasses
 import io
+from pathlib import Path
 
 # Colour and dash of the first, second, … line: without colour the dash alone tells them apart.
 STYLES = (
@@ -22,23 +23,7 @@ STYLES = (
     ("#6b6b6b", (0, (2, 3))),  # grey, short dashes far apart
 )
 SIZE = (4.2, 2.8)  # inches, 403 pixels wide, where the letters are about as large as a page's
-SETTINGS = {
-    "font.size": 10,  # points
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it along, so it measures alike anywhere
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.formatter.useoffset": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e4e4e4",
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "legend.handlelength": 3,  # in letters; long enough to see the dashes
-    "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
-    "svg.hashsalt": "spin",  # ids would be random otherwise
-}
+SETTINGS = Path(__file__).with_suffix(".mplstyle")
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 

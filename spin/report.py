@@ -45,7 +45,7 @@ CURVES = {  # of metrics.jsonl: a picture's axis and its keys
 
 @io_errors_in_one_line
 def main(argv=None):
-    _, args = parse(argv, __doc__.split("\n")[0])
+    _, args = parse(argv, __doc__)
     check_run_files(args.run)
     summary = {"recipe": read_json(args.run / "recipe.json", RESTORE), **collect(args.run)}
     if not summary["spin"]:

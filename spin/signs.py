@@ -68,9 +68,24 @@ def signs_of_trouble(summary: dict, steps: list[list[dict]]) -> list[str]:
     found = []
     for t, rows in enumerate(steps):
         if rows:
-            end = late_means(rows)
-            found += trouble_in_training(t, end, start)
-            found += drifting_lengths(t + 1, models, end["length_real"])
+            late = rows[-max(1, len(rows) // 10) :]
+            loss, logratio, human = (
+                sum(row[key] for row in late) / len(late)
+                for key in ("loss", "logratio_real", "length_real")
+            )
+            if loss > 0.97 * start:
+                found.append(
+                    f"Iteration {t}: the loss ended at {loss:.3f} and began at {start:.3f}, where "
+                    "real and generated answers are not told apart. The learning rate or the "
+                    "number of steps may be too small, or too large; or nothing is left to learn."
+                )
+            if logratio < 0:
+                found.append(
+                    f"Iteration {t}: the human answers became less likely, by {-logratio:.2f} nats "
+                    "on average: the policy wins by making the generated ones less likely still. "
+                    "A lower learning rate, a larger λ or fewer epochs help."
+                )
+            found += drifting_lengths(t + 1, models, human)
     for t, figures in enumerate(models):
         if figures["eos_rate"] < 0.9:
             found.append(
@@ -80,41 +95,13 @@ def signs_of_trouble(summary: dict, steps: list[list[dict]]) -> list[str]:
     return found
 
 
-def late_means(rows: list[dict]) -> dict[str, float]:
-    """Means over the last tenth of an iteration's steps, one step at least."""
-    late = rows[-max(1, len(rows) // 10) :]
-    keys = ("loss", "logratio_real", "length_real")
-    return {key: sum(row[key] for row in late) / len(late) for key in keys}
-
-
-def trouble_in_training(t: int, end: dict, start: float) -> list[str]:
-    """Of iteration t: nothing learnt, or the human answers pushed down. start: ℓ(0)."""
-    found = []
-    if end["loss"] > 0.97 * start:
-        found.append(
-            f"Iteration {t}: the loss ended at {end['loss']:.3f} and began at {start:.3f}, "
-            "where real and generated answers are not told apart. The learning rate or the number "
-            "of steps may be too small, or too large; or nothing is left to learn."
-        )
-    if end["logratio_real"] < 0:
-        found.append(
-            f"Iteration {t}: the human answers became less likely, by "
-            f"{-end['logratio_real']:.2f} nats on average: the policy wins by making the "
-            "generated ones less likely still. A lower learning rate, a larger λ or fewer epochs "
-            "help."
-        )
-    return found
-
-
 def drifting_lengths(t: int, models: list[dict], human: float) -> list[str]:
     """Of θ_t: its answers' mean length is further from the human one, in tokens, than θ_0's was.
-
     Distances are ratios, so half as long is as far as twice as long; a quarter more is allowed."""
     mine = models[t]["mean_length"]
     first = models[0]["mean_length"]
-    distance = abs(math.log(max(mine, 0.1) / human))
-    distance_before = abs(math.log(max(first, 0.1) / human))
-    if distance <= distance_before + math.log(1.25):
+    distance, before = (abs(math.log(max(length, 0.1) / human)) for length in (mine, first))
+    if distance <= before + math.log(1.25):
         return []
     return [
         f"θ_{t}: its answers have {mine:.1f} tokens on average, the human ones {human:.1f}: "

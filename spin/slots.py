@@ -75,9 +75,11 @@ class Slots(DynamicLayer):
 def keeps_every_key(model, length: int) -> bool:
     """Whether each layer sees all earlier tokens of `length`, their order told by position_ids:
     what Slots can hold."""
+    if model._is_stateful:
+        return False
     for layer in DynamicCache(config=model.config).layers:
-        window = type(layer) is DynamicSlidingWindowLayer and length <= layer.sliding_window
-        if model._is_stateful or not (window or type(layer) is DynamicLayer):
+        wide = type(layer) is DynamicSlidingWindowLayer and length <= layer.sliding_window
+        if not wide and type(layer) is not DynamicLayer:
             return False
     # the angles of these two follow the longest row of the batch
     rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))

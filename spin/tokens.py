@@ -10,6 +10,7 @@ PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
 def load_tokenizer(name: str, recipe):
     """The tokenizer of a model and the size of its head, checked together before any weight."""
     from transformers import AutoConfig, AutoTokenizer, logging
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -24,7 +25,14 @@ def load_tokenizer(name: str, recipe):
             f"cannot load the tokenizer and config of {name}: "
             f"{type(problem).__name__}: {str(problem)[:300]}"
         )
-    _check_causal(name, config, text_config)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    # BERT and its kin are there too, for use as decoders; GPT-NeoX is one, and says it is not
+    decoder = getattr(text_config, "is_decoder", True) or causal in (config.architectures or ())
+    if not causal or not decoder:
+        fail(
+            f"{name} is no causal language model ({config.model_type}): "
+            "each token must follow from those before it"
+        )
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
     largest = max(tokenizer.get_vocab().values())
@@ -42,31 +50,12 @@ def load_tokenizer(name: str, recipe):
     return tokenizer, text_config.vocab_size
 
 
-def _check_causal(name: str, config, text_config):
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    # BERT and its kin are there too, for use as decoders; GPT-NeoX is one, and says it is not
-    decoder = getattr(text_config, "is_decoder", True) or causal in (config.architectures or ())
-    if not causal or not decoder:
-        fail(
-            f"{name} is no causal language model ({config.model_type}): "
-            "each token must follow from those before it"
-        )
-
-
 def render(tokenizer, template: str, prompt: str, system: str = "") -> str:
-    """The prompt as the model sees it.
-
-    template: 'paper', 'chat' (the tokenizer's own), or a string with {prompt}: plain substitution.
-    """
-    if template == "chat":
-        return _render_chat(tokenizer, prompt, system)
-    text = PAPER_TEMPLATE if template == "paper" else template
-    return text.replace("{prompt}", f"{system}\n\n{prompt}" if system else prompt)
-
-
-def _render_chat(tokenizer, prompt: str, system: str) -> str:
+    """The prompt as the model sees it. template: 'paper', 'chat' (the tokenizer's own), or a string
+    with {prompt}: plain substitution."""
+    if template != "chat":
+        text = PAPER_TEMPLATE if template == "paper" else template
+        return text.replace("{prompt}", f"{system}\n\n{prompt}" if system else prompt)
     if not tokenizer.chat_template:
         fail("this tokenizer has no chat template: use --template paper, or a string with {prompt}")
     messages = [{"role": "system", "content": system}] if system else []
@@ -89,54 +78,42 @@ def encode(
     eos: bool = True,
 ) -> tuple[list[int], list[int]]:
     """(prompt, response) → token ids and response mask, both (T,); here text becomes tokens.
-
     pair: holds prompt, and maybe system. response: text; sampled ids, taken as they are; or None
     for the prompt alone. Text gets the EOS if eos. A response that does not fit in max_length is
     cut and then has no EOS: one that was never produced would tell real from generated.
     Exactly one BOS if the tokenizer has one, whatever its template does."""
+    # where specials are not parsed, "</s>" in someone's prompt is four characters and no EOS
+    literal = not parses_specials(tokenizer, template)
+
+    def ids_of(text: str, literal: bool = literal) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+
     room = most_characters(tokenizer, max_length) if max_length else None
-    prompt = {k: pair[k] for k in ("prompt", "system") if k in pair}
+    prompt = {name: pair[name] for name in ("prompt", "system") if name in pair}
     text = render(tokenizer, template, **prompt)[:room]
     # The prompt's ids do not depend on the response: a template's last spaces go to the response's
     # first token, as in the LM Evaluation Harness. "Response: " + "Yes" and "Response:" + " Yes"
     # are different tokens to most models.
     head = text.rstrip(" ")
-    ids = _ids(tokenizer, template, head)
+    ids = ids_of(head)
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id not in (None, *ids[:1]) else []
-    if response is None:
-        response = []
-    elif isinstance(response, str):
-        whole = response == response[:room]
+    if isinstance(response, str):
+        ended = eos and response == response[:room]
         after = text[len(head) :] + response[:room]
-        response = _response_ids(tokenizer, template, (head, ids), after, response)
-        response += [tokenizer.eos_token_id] * (eos and whole)
+        both = ids_of(head + after)
+        apart = both[: len(ids)] != ids  # merged at the boundary
+        if apart or not literal and holds_special(tokenizer, response):
+            both = ids + ids_of(after, literal=True)
+        response = both[len(ids) :] + [tokenizer.eos_token_id] * ended
+    response = response or []
     mask = [0] * len(bos + ids) + [1] * len(response)
     return (bos + ids + response)[:max_length], mask[:max_length]
 
 
-def _ids(tokenizer, template: str, text: str) -> list[int]:
-    # where specials are not parsed, "</s>" in someone's prompt is four characters and no EOS
-    literal = not parses_specials(tokenizer, template)
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
-
-
-def _response_ids(tokenizer, template: str, prompt, after: str, response: str) -> list[int]:
-    """The ids of `after`, as they come behind the prompt. response: `after`, less its spaces.
-
-    prompt: its text, less the spaces that it ends with, and the ids of that."""
-    head, ids = prompt
-    whole = _ids(tokenizer, template, head + after)
-    spelt = parses_specials(tokenizer, template) and holds_special(tokenizer, response)
-    if whole[: len(ids)] != ids or spelt:  # e.g. merged at the boundary
-        return tokenizer(after, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return whole[len(ids) :]
-
-
 @functools.lru_cache(maxsize=8)
 def most_characters(tokenizer, length: int) -> int:
-    """More characters than `length` tokens hold.
-
-    What lies behind need not be tokenised, which for 50 MB takes a minute."""
+    """More characters than `length` tokens hold: what lies behind need not be tokenised, which for
+    50 MB takes a minute."""
     return 10_000 + length * max(map(len, tokenizer.get_vocab()))
 
 
@@ -154,9 +131,8 @@ def holds_special(tokenizer, text: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def parses_specials(tokenizer, template: str) -> bool:
-    """Whether special tokens are parsed out of text.
-
-    So it is where the template is written with them, or the tokenizer cannot but do it."""
+    """Whether special tokens are parsed out of text: the template is written with them, or the
+    tokenizer cannot but do it."""
     if template == "chat" or holds_special(tokenizer, template):
         return True
     names = [token for token in special_tokens(tokenizer) if token != tokenizer.unk_token]

@@ -1,0 +1,311 @@
+"""README.md, docs/ and benchmarks/RESULTS.md: links lead somewhere, and what is quoted is there.
+
+Each check is a function of a folder that returns what is wrong in it. It must return nothing for
+this repository, and something for a copy of its pages with a fault in it: that is the control.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote
+
+from conftest import REPO
+
+LARGEST_README = 9_000  # bytes
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+# [text](target), and ![text](target)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def pages(root: Path) -> list[Path]:
+    """The pages whose links are checked."""
+    return [root / "README.md", *sorted(root.glob("docs/*.md")), root / "benchmarks" / "RESULTS.md"]
+
+
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page.
+
+    Lower case; only letters, digits, spaces, hyphens and underscores stay; spaces become hyphens.
+    A heading that occurs again gets -1, -2, …
+    """
+    found: list[str] = []
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", FENCED.sub("", text), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)  # a link's text stays
+        slug = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
+        again = sum(
+            re.fullmatch(re.escape(slug) + r"(-\d+)?", other) is not None for other in found
+        )
+        found.append(f"{slug}-{again}" if again else slug)
+    return set(found)
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(file, anchor) of each relative link of a page, code left out; either may be empty."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"`[^`\n]*`", "", text)
+    inside = [target for target in LINK.findall(text) if not re.match(r"[a-z]+:", target)]
+    return [(unquote(file), anchor) for file, _, anchor in (t.partition("#") for t in inside)]
+
+
+def dead_links(root: Path) -> list[str]:
+    """Links to a file that is not there, or to a heading that its page has not."""
+    dead = []
+    for page in pages(root):
+        for file, anchor in links(page):
+            target = (page.parent / file).resolve() if file else page
+            lost = not target.exists()
+            if not lost and anchor:
+                lost = anchor not in slugs(target.read_text(encoding="utf-8"))
+            if lost:
+                dead.append(f"{page.relative_to(root)}: {file}#{anchor}")
+    return dead
+
+
+def unreached(root: Path) -> list[str]:
+    """Pages of docs/ that the README does not link to, and pages that do not link back."""
+    from_readme = {(root / file).resolve() for file, _ in links(root / "README.md")}
+    lost = [page.name for page in root.glob("docs/*.md") if page.resolve() not in from_readme]
+    for page in root.glob("docs/*.md"):
+        back = {(page.parent / file).resolve() for file, _ in links(page)}
+        if (root / "README.md").resolve() not in back:
+            lost.append(f"{page.name} back to README.md")
+    return lost
+
+
+# ---- quotes --------------------------------------------------------------------------------------
+
+
+def without_spaces(text: str) -> str:
+    """What is left when a formatter may break lines as it likes."""
+    return "".join(text.split())
+
+
+def quotes_not_in_loss(root: Path) -> list[str]:
+    """Lines of the README's python block that do not stand in loss.py, one below the other.
+
+    A line of dots parts what need not stand together.
+    """
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    code = [line.strip() for line in (root / "loss.py").read_text(encoding="utf-8").splitlines()]
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    if not blocks:
+        return ["no python block"]
+    wrong = []
+    for passage in re.split(r"^ *\.\.\.\n", "".join(blocks), flags=re.MULTILINE):
+        lines = [line.strip() for line in passage.splitlines()]
+        starts = range(len(code) - len(lines) + 1)
+        if not any(code[i : i + len(lines)] == lines for i in starts):
+            wrong.append(passage)
+    return wrong
+
+
+def quotes_not_in_files(root: Path) -> list[str]:
+    """Quotes of the form `file.py`: `code` in docs/theory.md that do not stand in that file."""
+    theory = (root / "docs" / "theory.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"`([\w/]+\.py)`: `([^`]+)` \|", theory)
+    if len(quotes) < 6:
+        return [f"only {len(quotes)} quotes"]
+    wrong = []
+    for file, quote in quotes:
+        path = root / file
+        code = path.read_text(encoding="utf-8") if path.exists() else ""
+        if without_spaces(quote) not in without_spaces(code):
+            wrong.append(f"{file}: {quote}")
+    return wrong
+
+
+def names_of_no_test(root: Path) -> list[str]:
+    """Tests that docs/theory.md names and that are not there; `test_name_…` is the start of one."""
+    theory = (root / "docs" / "theory.md").read_text(encoding="utf-8")
+    code = "".join(p.read_text(encoding="utf-8") for p in (root / "tests").glob("*.py"))
+    there = re.findall(r"^def (test_\w+)", code, re.MULTILINE)
+    named = re.findall(r"`(test_\w+)(…?)`", theory)
+    if len(named) < 12:
+        return [f"only {len(named)} tests are named"]
+    wrong = []
+    for name, dots in named:
+        fitting = [test for test in there if test.startswith(name) and (dots or test == name)]
+        if len(fitting) != 1:
+            wrong.append(f"{name}{dots}: {len(fitting)} tests")
+    return wrong
+
+
+def files_not_there(root: Path) -> list[str]:
+    """Files of the README's tree, and `file`: `function` of its tables, that are not there."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("\n## The files\n")[1].split("```")[1]
+    wrong, folder = [], ""
+    for line in tree.strip().splitlines():
+        names = re.findall(r"(?<!\S)\w+(?:\.py|\.sh|/)(?!\S)", line)
+        if not line.startswith(" "):
+            folder = names[0] if names[0].endswith("/") else ""
+            parent = ""
+        else:
+            parent = folder
+        wrong += [parent + name for name in names if not (root / parent / name).exists()]
+    for file, function in re.findall(r"`([\w/]+\.py)`: `(\w+)`", readme):
+        path = root / file
+        code = path.read_text(encoding="utf-8") if path.exists() else ""
+        if not re.search(rf"^def {function}\(", code, re.MULTILINE):
+            wrong.append(f"{file}: {function}")
+    return wrong
+
+
+# ---- size and end --------------------------------------------------------------------------------
+
+
+def readme_too_long(root: Path) -> list[str]:
+    size = (root / "README.md").stat().st_size
+    return [f"{size} bytes"] if size > LARGEST_README else []
+
+
+def readme_ends_otherwise(root: Path) -> list[str]:
+    """What the end of the README lacks: its last heading is the licence, its last block BibTeX."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    end = readme.split("\n## ")[-1]
+    wrong = [] if end.startswith("Licence") else ["the licence"]
+    wrong += [word for word in ("Apache-2.0", "@inproceedings", "235") if word not in end]
+    wrong += [] if re.search(r"^```bibtex\n.*^}\n```\n\Z", end, re.M | re.S) else ["BibTeX"]
+    return wrong
+
+
+# ---- the checks and their controls ---------------------------------------------------------------
+
+
+def right_and_faults_are_found(check, tmp_path: Path, *faults):
+    """check finds nothing in this repository, and something in a copy after each of the faults."""
+    assert check(REPO) == []
+    skipped = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.safetensors", "*.jsonl")
+    for number, harm in enumerate(faults):
+        copy = shutil.copytree(REPO, tmp_path / str(number), ignore=skipped)
+        assert check(copy) == []
+        harm(copy)
+        assert check(copy) != []  # control
+
+
+def change(file: str, old: str, new: str):
+    """A fault: the text `old` of a file becomes `new`."""
+
+    def harm(root: Path):
+        text = (root / file).read_text(encoding="utf-8")
+        assert old in text, f"{file} has no {old!r} to be changed"
+        (root / file).write_text(text.replace(old, new), encoding="utf-8")
+
+    return harm
+
+
+def remove(file: str):
+    """A fault: a file is gone."""
+    return lambda root: (root / file).unlink()
+
+
+def a_longer_readme(root: Path):
+    with open(root / "README.md", "a", encoding="utf-8") as file:
+        file.write("x" * LARGEST_README)
+
+
+def a_page_without_links(root: Path):
+    (root / "docs" / "other.md").write_text("Nothing.\n", encoding="utf-8")
+
+
+def test_no_link_or_anchor_is_dead(tmp_path):
+    right_and_faults_are_found(
+        dead_links,
+        tmp_path,
+        remove("demo/theory_steps.svg"),
+        remove("docs/metrics.md"),
+        change("docs/metrics.md", "## How to read a run", "## Reading a run"),
+        change("docs/theory.md", "(../README.md)", "(README.md)"),
+    )
+
+
+def test_every_page_of_docs_is_reached_from_the_readme_and_leads_back(tmp_path):
+    right_and_faults_are_found(
+        unreached,
+        tmp_path,
+        a_page_without_links,
+        change("README.md", "(docs/departures.md)", "(docs/theory.md)"),
+        change("docs/metrics.md", "(../README.md)", "(theory.md)"),
+    )
+
+
+def test_the_readme_quotes_the_code_that_runs(tmp_path):
+    right_and_faults_are_found(
+        quotes_not_in_loss,
+        tmp_path,
+        change("loss.py", "lam * logratio_real - lam", "lam * logratio_real + lam"),
+        change("loss.py", "    return lam *", "    # a line between\n    return lam *"),
+        change("README.md", "```python", "```"),
+    )
+
+
+def test_the_theory_page_quotes_the_code_that_runs(tmp_path):
+    right_and_faults_are_found(
+        quotes_not_in_files,
+        tmp_path,
+        change("loss.py", "y.sum()", "y.mean()"),
+        change("docs/theory.md", "ELL[ell](margin)", "ELL[ell](margins)"),
+    )
+
+
+def test_the_tests_that_the_theory_page_names_are_there(tmp_path):
+    right_and_faults_are_found(
+        names_of_no_test,
+        tmp_path,
+        change("tests/test_theory.py", "def test_the_ideal_opponent", "def test_an_opponent"),
+        change("docs/theory.md", "`test_if_the_opponent_is_not_the_data_…`", "`test_if_the_…`"),
+    )
+
+
+def test_the_files_and_functions_that_the_readme_names_are_there(tmp_path):
+    right_and_faults_are_found(
+        files_not_there,
+        tmp_path,
+        remove("run_iterations.sh"),
+        remove("spin/data.py"),
+        lambda root: shutil.rmtree(root / "benchmarks"),
+        change("train.py", "def learning_rate(", "def rate("),
+    )
+
+
+def test_the_readme_has_at_most_9_kb(tmp_path):
+    right_and_faults_are_found(readme_too_long, tmp_path, a_longer_readme)
+
+
+def test_the_readme_ends_with_licence_and_bibtex(tmp_path):
+    right_and_faults_are_found(
+        readme_ends_otherwise,
+        tmp_path,
+        a_longer_readme,
+        change("README.md", "Apache-2.0", "MIT"),
+        change("README.md", "```bibtex", "```"),
+        change("README.md", "\n## Licence", "\n## Last words"),
+    )
+
+
+def test_slugs_are_githubs():
+    text = """
+# Eq. (4.7) & its `code`
+## The memory of train.py
+## Sampling: the authors' way and ours
+## λ, ℓ and `--lam`
+## Twice
+## Twice
+## A [link](x.md) in it
+```
+# not a heading
+```
+"""
+    assert slugs(text) == {
+        "eq-47--its-code",
+        "the-memory-of-trainpy",
+        "sampling-the-authors-way-and-ours",
+        "λ-ℓ-and---lam",
+        "twice",
+        "twice-1",
+        "a-link-in-it",
+    }
+    assert "Twice" not in slugs(text) and "not-a-heading" not in slugs(text)  # controls
