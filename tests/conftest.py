@@ -1,14 +1,15 @@
 """Fixtures: the demo model as θ_0, and a micro recipe that runs an iteration in a second."""
 
+import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
 
@@ -20,65 +21,51 @@ import generate
 import train
 
 torch.set_num_threads(1)
+REPO = Path(__file__).resolve().parent.parent
 THETA0 = REPO / "demo" / "theta0"
-MICRO = [
-    "--recipe",
-    "demo",
-    "--num-prompts",
-    "40",
-    "--eval-prompts",
-    "12",
-    "--batch-size",
-    "12",
-    "--micro-tokens",
-    "200",
-    "--chunk",
-    "16",
-    "--checkpoint-every",
-    "2",
-    "--no-sft-baseline",
-    "--lam",
-    "5",
-    "4",
-    "--lr",
-    "3e-5",
-    "2e-5",
-]
+MICRO = shlex.split(
+    "--recipe demo --num-prompts 40 --eval-prompts 12 --batch-size 12 --micro-tokens 200"
+    " --chunk 16 --checkpoint-every 2 --no-sft-baseline --lam 5 4 --lr 3e-5 2e-5"
+)
+STAGES = {"generate": generate, "train": train, "evaluate": evaluate}
 
 
 def stage(name: str, run: Path, *flags: str):
     """Call a stage's main(argv) in this process on the micro recipe."""
-    {"generate": generate, "train": train, "evaluate": evaluate}[name].main(
-        [*MICRO, "--run", str(run), *map(str, flags)]
-    )
+    STAGES[name].main([*MICRO, "--run", str(run), *map(str, flags)])
 
 
-def shell(*command: str, **kwargs) -> subprocess.CompletedProcess:
-    """Run a command from the repository root, as a user would; one thread a process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **kwargs.pop("env", {})}
+def user_environment() -> dict:
+    """What a command that a user starts sees: one thread a process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+
+def shell(*command: str, env: dict | None = None, input: str | None = None, cwd: Path = REPO):
+    """Run a command from the repository root, as a user would; env is added to the environment.
+
+    Returns a subprocess.CompletedProcess with its output as text.
+    """
     return subprocess.run(
-        [str(c) for c in command],
-        cwd=REPO,
-        env=env,
+        [*map(str, command)],
+        cwd=cwd,
+        env={**user_environment(), **(env or {})},
+        input=input,
         text=True,
         capture_output=True,
         timeout=300,
-        **kwargs,
     )
 
 
-def torchrun(ranks: int, script: str, *flags: str) -> subprocess.CompletedProcess:
-    return shell(
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        ranks,
-        "--",
-        script,
-        *flags,
-    )
+def torchrun_command(ranks: int, program: str, *flags: str) -> list[str]:
+    """A script (evaluate.py), or a module (spin.compare), on so many ranks."""
+    launch = shlex.split(f"-m torch.distributed.run --standalone --nproc_per_node {ranks}")
+    module = [] if str(program).endswith(".py") else ["-m"]
+    return [*map(str, (sys.executable, *launch, *module, "--", program, *flags))]
+
+
+def torchrun(ranks: int, program: str, *flags: str, cwd: Path = REPO):
+    """Run torchrun_command to its end."""
+    return shell(*torchrun_command(ranks, program, *flags), cwd=cwd)
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +73,28 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(THETA0)
 
 
+def load(folder: Path):
+    """The model in a transformers folder, in fp32, without dropout."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 @pytest.fixture()
 def model():
-    return AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.float32).eval()
+    return load(THETA0)
+
+
+@pytest.fixture(scope="session")
+def long_theta(tmp_path_factory):
+    """θ_0 with room for 4,096 positions, which rotary embeddings do not mind: for long prompts."""
+    folder = tmp_path_factory.mktemp("models") / "theta"
+    shutil.copytree(THETA0, folder)
+    for name, key in (
+        ("config.json", "max_position_embeddings"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, key: 4096}))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +110,7 @@ def played(tmp_path_factory):
 
 @pytest.fixture()
 def refused(capsys):
-    """refused(call) runs call, checks exit code 2 and one line without a traceback, and returns the line."""
+    """refused(call) runs call, checks exit code 2 and one line without a traceback, returns it."""
 
     def check(call) -> str:
         capsys.readouterr()
