@@ -40,9 +40,9 @@ def main(argv=None):
         if world.rank > 0:
             return
     result = {"A": a, "B": b, **compare(table_a, table_b, recipe.seed)}
-    resamples = f"{RESAMPLES:,} paired resamples of them"
     print(f"A {a}\nB {b}")
-    print(f"{result['n']} held-out prompts; B − A with the 95% interval of {resamples}")
+    print(f"{result['n']} held-out prompts; B − A with the 95% interval of", end=" ")
+    print(f"{RESAMPLES:,} paired resamples of them")
     for name in COMPARED:
         r = result[name]
         low, high = r["interval"]
@@ -54,15 +54,11 @@ def main(argv=None):
 
 def compare(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
     """{"n", and for each figure its value for A, for B, the difference and its 95% interval}.
-
     a, b: (N, columns), a row of figures.COLUMNS a prompt, both in the same order."""
-    n = len(a)
-    of_a, of_b = compared(a.sum(0), n), compared(b.sum(0), n)
-    intervals = np.quantile(paired_bootstrap(a, b, seed), (0.025, 0.975), axis=0)  # (2, 3)
-    result = {"n": n}
-    for k, name in enumerate(COMPARED):
-        one, two = float(of_a[k]), float(of_b[k])
-        interval = intervals[:, k].tolist()
+    of_a, of_b = (compared(table.sum(0), len(table)).tolist() for table in (a, b))
+    intervals = np.quantile(paired_bootstrap(a, b, seed), (0.025, 0.975), axis=0).T  # (3, 2)
+    result = {"n": len(a)}
+    for name, one, two, interval in zip(COMPARED, of_a, of_b, intervals.tolist(), strict=True):
         result[name] = {"A": one, "B": two, "B-A": two - one, "interval": interval}
     return result
 
@@ -70,17 +66,12 @@ def compare(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
 def compared(sums: np.ndarray, n: int) -> np.ndarray:
     """The figures of COMPARED, (…, 3), from the sums of COLUMNS over n prompts, (…, columns)."""
     total = dict(zip(COLUMNS, np.moveaxis(sums, -1, 0), strict=True))
-    figures = (
-        total["expected_exact_match"] / n,
-        total["nll"] / total["tokens"],
-        total["greedy_exact_match"] / n,
-    )
-    return np.stack(figures, -1)
+    exact, greedy = total["expected_exact_match"] / n, total["greedy_exact_match"] / n
+    return np.stack((exact, total["nll"] / total["tokens"], greedy), -1)
 
 
 def paired_bootstrap(a, b, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
     """compared(b) − compared(a), (resamples, 3): prompts drawn with replacement, the same for both.
-
     a, b: (N, columns), the rows of both in the same order. That pairing is what makes the interval
     narrow: most of the spread over prompts is that some prompts are harder, for both."""
     rng, n = np.random.default_rng(seed), len(a)

@@ -44,15 +44,6 @@ class HeldOut:
     counts: dict  # of the rows that were left out, by reason
 
 
-@dataclass(frozen=True)
-class Played:
-    """What the opponent did with a chunk of B pairs."""
-
-    generated: list[tuple]  # y' ~ p_θt, each as ids and response mask
-    logp_real: torch.Tensor  # (B,) log p_θt(y|x)
-    logp_generated: torch.Tensor  # (B,) log p_θt(y'|x)
-
-
 def read_held_out(model_name: str, recipe) -> HeldOut:
     """The held-out pairs of the recipe, in the tokens of this model."""
     tokenizer, _ = load_tokenizer(model_name, recipe)
@@ -72,7 +63,6 @@ def same_tokens(a: HeldOut, b: HeldOut) -> bool:
 @torch.no_grad()
 def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, recipe, t: int, world):
     """(N, columns) on every rank, a row of COLUMNS a pair; and on rank 0 the rows of answers.jsonl.
-
     t: the iteration of the game, which names its λ and the random numbers of y'."""
     pairs, tokenizer = held_out.pairs, held_out.tokenizer
     # longest first, and dealt out in turn, so that all ranks have as much to do
@@ -84,58 +74,55 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     bar = tqdm(total=total, desc="evaluate", unit="chunk", disable=world.rank > 0)
 
     # the opponent first: when it has answered and scored, it leaves the memory to the policy
-    played = [None] * len(chunks)
+    games = [None] * len(chunks)
     if opponent:
-        played = opponent_plays(opponent, chunks, tokenizer, recipe, t, world, bar)
+        games = opponent_plays(opponent, chunks, tokenizer, recipe, t, world, bar)
     model = load_frozen(policy, recipe, world)
     rows = []
-    for chunk, game in zip(chunks, played, strict=True):
+    for chunk, game in zip(chunks, games, strict=True):
         rows += figures_of_chunk(model, tokenizer, chunk, game, recipe, t)
         bar.update()
-
-    shown = []
-    if world.rank == 0:
-        shown = answers_in_words(model, tokenizer, pairs[:SHOWN], recipe, t + 1)
+    shown = pairs[:SHOWN] if world.rank == 0 else []
+    shown = answers_in_words(model, tokenizer, shown, recipe, t + 1)
     table = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float64)
     table[mine] = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
     return sum_over_ranks(table).numpy(), shown  # each row was filled by one rank
 
 
-def opponent_plays(opponent: str, chunks, tokenizer, recipe, t: int, world, bar) -> list[Played]:
-    """The opponent answers the prompts of each chunk, and scores the human answers and its own."""
+def opponent_plays(opponent: str, chunks, tokenizer, recipe, t: int, world, bar) -> list[tuple]:
+    """The opponent's game with each chunk of B pairs: its answers y' ~ p_θt, as (ids, mask) each,
+    log p_θt(y|x) (B,) and log p_θt(y'|x) (B,)."""
     model = load_frozen(opponent, recipe, world)
     played = []
     for chunk in chunks:
-        answers = sample_answers(model, tokenizer, chunk, recipe, t)
-        generated = [
-            encode(tokenizer, recipe.template, pair, ids)
-            for pair, (ids, _) in zip(chunk, answers, strict=True)
-        ]
-        logp_real = logps(model, [pair["real_tokens"] for pair in chunk], recipe)
-        played.append(Played(generated, logp_real, logps(model, generated, recipe)))
+        answers = zip(chunk, sample_answers(model, tokenizer, chunk, recipe, t), strict=True)
+        generated = [encode(tokenizer, recipe.template, pair, ids) for pair, (ids, _) in answers]
+        real = [pair["real_tokens"] for pair in chunk]
+        played.append((generated, logps(model, real, recipe), logps(model, generated, recipe)))
         bar.update()
     return played
 
 
-def figures_of_chunk(model, tokenizer, chunk, played: Played | None, recipe, t: int) -> list[list]:
-    """The policy's row of COLUMNS for each of B pairs; played: what the opponent did with them."""
+def figures_of_chunk(model, tokenizer, chunk, game: tuple | None, recipe, t: int) -> list[list]:
+    """The policy's row of COLUMNS for each of B pairs; game: what opponent_plays says of them."""
     real = [pair["real_tokens"] for pair in chunk]
     logp_real = logps(model, real, recipe)  # (B,)
     margin = torch.zeros(len(chunk))
-    if played:
-        policy = (logp_real, logps(model, played.generated, recipe))
-        margin = spin_margin(*policy, played.logp_real, played.logp_generated, recipe.at(t).lam)
-        same = [y == generated for y, generated in zip(real, played.generated, strict=True)]
+    if game:
+        generated, *opponent = game
+        policy = [logp_real, logps(model, generated, recipe)]
+        margin = spin_margin(*policy, *opponent, recipe.at(t).lam)
+        same = [a == b for a, b in zip(real, generated, strict=True)]
         margin[torch.tensor(same)] = 0.0  # a tie, which rounding would decide one way or the other
     greedy = sample_answers(model, tokenizer, chunk, recipe, None)
     own = sample_answers(model, tokenizer, chunk, recipe, t + 1)
-
     rows = []
     for i in range(len(chunk)):
         y = [token for token, in_response in zip(*real[i], strict=True) if in_response]
         is_human = greedy[i][0] == y
         ids, finish = own[i]
-        logp, m = logp_real[i].item(), margin[i].item()
+        logp = logp_real[i].item()
+        m = margin[i].item()
         win = (m > 0) + 0.5 * (m == 0)
         rows.append([math.exp(logp), is_human, -logp, len(y), win, m, finish == "eos", len(ids)])
     return rows
@@ -143,7 +130,6 @@ def figures_of_chunk(model, tokenizer, chunk, played: Played | None, recipe, t: 
 
 def sample_answers(model, tokenizer, pairs, recipe, t: int | None) -> list[tuple]:
     """The model's own answers to held-out prompts: (ids, why it ended) each.
-
     At temperature 1, y ~ p_θ(·|x), by the random numbers of iteration t; greedy where t is None."""
     most, uniform = recipe.max_new_tokens, None
     if t is not None:  # 1: another stream than generate.py's
@@ -155,7 +141,7 @@ def sample_answers(model, tokenizer, pairs, recipe, t: int | None) -> list[tuple
 def answers_in_words(model, tokenizer, pairs, recipe, t: int) -> list[dict]:
     """The rows of answers.jsonl: samples of the model for the pairs that the report shows."""
     rows = []
-    answers = sample_answers(model, tokenizer, pairs, recipe, t)
+    answers = sample_answers(model, tokenizer, pairs, recipe, t) if pairs else []
     for pair, (ids, finish) in zip(pairs, answers, strict=True):
         row = {"id": pair["id"], "prompt": pair["prompt"], "real": pair["real"], "finish": finish}
         rows.append({**row, "answer": decode(tokenizer, recipe.template, ids)})
@@ -174,7 +160,6 @@ def logps(model, sequences, recipe) -> torch.Tensor:
 
 def summarise(table: np.ndarray, game: bool) -> dict:
     """eval.json from a table of COLUMNS, (N, columns): means, and standard errors over prompts.
-
     game: whether an opponent played; without one, win_rate and margin are null."""
     n = len(table)
     values_of = dict(zip(COLUMNS, table.T, strict=True))

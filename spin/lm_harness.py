@@ -37,8 +37,7 @@ def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None, out
     if limit:
         print(f"--limit {limit}: a quick look, not the benchmark")
     if out:
-        result = {"model": policy, "limit": limit, "tasks": found}
-        write_json(out, result, indent=1)
+        write_json(out, {"model": policy, "limit": limit, "tasks": found}, indent=1)
 
 
 def import_lm_eval():
@@ -120,7 +119,6 @@ def count_positions(policy, recipe) -> int | None:
 
 def as_lm(model, tokenizer, batch: int, world):
     """The model as lm_eval takes it; each rank answers its share of the questions.
-
     lm_eval asks for these four to be overridden where ranks are not met through Accelerate, which
     knows the GPUs of one node only (lm_eval.api.model.LM, "distributed communication primitives").
     """

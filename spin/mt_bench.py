@@ -56,7 +56,11 @@ def main(argv=None):
     for question, ids in zip(questions, answers, strict=True):
         turns = [[i - 1 for i in turn if i] for turn in ids[: len(question["turns"])]]
         texts = [decode(tokenizer, recipe.template, turn) for turn in turns]
-        rows.append(fastchat_row(args.out.stem, question, texts))
+        key = json.dumps([args.out.stem, question["question_id"], texts])
+        row = {"question_id": question["question_id"], "model_id": args.out.stem}
+        row["answer_id"] = hashlib.sha256(key.encode()).hexdigest()[:22]  # as long as FastChat's
+        row["choices"] = [{"index": 0, "turns": texts}]
+        rows.append({**row, "tstamp": time.time()})
     write_jsonl(args.out, rows)
     print(f"{args.out}: {len(rows)} answers for FastChat's judge")
 
@@ -104,17 +108,14 @@ def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor
     said = [[] for _ in questions]  # the answers so far, which the next turn sees
     for turn in tqdm(range(turns), desc="answers", unit="turn", disable=world.rank > 0):
         for temperature in sorted(set(temperatures)):
-            mine = [
-                k
-                for k in range(world.rank, len(questions), world.size)
-                if temperatures[k] == temperature and turn < len(questions[k]["turns"])
-            ]
+            mine, prompts = [], []
+            for k in range(world.rank, len(questions), world.size):
+                asked = questions[k]["turns"][: turn + 1]
+                if temperatures[k] == temperature and len(asked) == turn + 1:
+                    mine.append(k)
+                    prompts.append(conversation(tokenizer, recipe.template, asked, said[k]))
             if not mine:
                 continue
-            prompts = [
-                conversation(tokenizer, recipe.template, questions[k]["turns"][: turn + 1], said[k])
-                for k in mine
-            ]
             # 4: a stream of its own
             uniform = np.stack([uniforms(recipe.seed, turn, k, 4, number=most) for k in mine])
             answers = sample(model, prompts, eos, most, uniform, temperature, slots=recipe.slots)
@@ -144,18 +145,6 @@ def conversation(tokenizer, template: str, asked: list[str], said: list[list[int
             del more[0]  # one BOS, at the beginning
         ids += more + answer
     return ids
-
-
-def fastchat_row(model_id: str, question: dict, turns: list[str]) -> dict:
-    """A row of FastChat's answer file; its answer_id has the length of FastChat's own."""
-    key = json.dumps([model_id, question["question_id"], turns])
-    return {
-        "question_id": question["question_id"],
-        "answer_id": hashlib.sha256(key.encode()).hexdigest()[:22],
-        "model_id": model_id,
-        "choices": [{"index": 0, "turns": turns}],
-        "tstamp": time.time(),
-    }
 
 
 if __name__ == "__main__":

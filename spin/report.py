@@ -58,16 +58,14 @@ def main(argv=None):
     problems = signs_of_trouble(summary, steps)
     for problem in problems:
         print(f"note: {problem}")
-    shown = answers(args.run, summary)
-    html = page(summary, args.run.name, steps, shown, problems)
+    html = page(summary, args.run.name, steps, answers(args.run, summary), problems)
     write_whole(args.run / "report.html", html + "\n")
     print(args.run / "report.html", *text_table(summary), sep="\n")
 
 
 def collect(run: Path) -> dict[str, list[dict]]:
-    """{"spin": the eval.json of θ_0, θ_1, … up to the first that is missing, "sft": likewise}.
-
-    The baseline starts from the same θ_0; its list is empty where nothing of it was trained."""
+    """{"spin": the eval.json of θ_0, θ_1, … up to the first that is missing, "sft": likewise, from
+    the same θ_0; empty where nothing was trained}."""
     found = {}
     for objective in LABELS:
         models = [read_json(run / "eval.json", EVALUATE)]
@@ -75,9 +73,7 @@ def collect(run: Path) -> dict[str, list[dict]]:
             folder = iteration_folder(run, len(models) - 1, objective)
             models.append(read_json(folder / "eval.json", EVALUATE))
         found[objective] = models[:-1]  # without the {} of the one that is missing
-    if len(found["sft"]) == 1:
-        found["sft"] = []
-    return found
+    return {**found, "sft": found["sft"] if len(found["sft"]) > 1 else []}
 
 
 def named_models(summary: dict):
@@ -100,11 +96,11 @@ def benchmarks(run: Path, summary: dict) -> dict[str, dict]:
 
 def lines_of(path: Path) -> list[dict]:
     """The rows of a JSONL file, none where there is no file; refuses one that was cut off."""
+    if not path.exists():
+        return []
     try:
         with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
-    except FileNotFoundError:
-        return []
     except ValueError as problem:
         fail(
             f"{path} is damaged ({problem}): restore or delete it, "
@@ -124,15 +120,13 @@ def answers(run: Path, summary: dict) -> list[tuple[dict, list]]:
 def text_table(summary: dict):
     """Expected exact match, iteration by iteration, as lines for the terminal."""
     for objective, label in LABELS.items():
-        models = enumerate(summary[objective])
-        cells = [f"θ_{t} {figures['expected_exact_match']:.3f}" for t, figures in models]
+        cells = [figures["expected_exact_match"] for figures in summary[objective]]
         if cells:
-            yield f"{label:28}" + "  ".join(cells)
+            yield f"{label:28}" + "  ".join(f"θ_{t} {cell:.3f}" for t, cell in enumerate(cells))
 
 
 def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
     """The HTML of the run called `name`; steps: its metrics, shown: its answers.
-
     The template escapes every text, whatever a data set or a model wrote (autoescape)."""
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(autoescape=True, loader=folder, undefined=StrictUndefined)
@@ -156,11 +150,10 @@ def chart(summary: dict, key: str) -> dict:
     """The picture of a figure of eval.json: a line for each objective that has it."""
     lines = []
     for (objective, label), style in zip(LABELS.items(), STYLES, strict=False):
-        points = [
-            (t, figures[key], figures.get(f"{key}_stderr") or 0)
-            for t, figures in enumerate(summary[objective])
-            if figures[key] is not None
-        ]
+        points = []
+        for t, figures in enumerate(summary[objective]):
+            if figures[key] is not None:
+                points.append((t, figures[key], figures.get(f"{key}_stderr") or 0))
         if points:
             lines.append(Line(label, points, *style))
     return as_image(draw_lines(COLUMNS[key], lines, "model", COLUMNS[key]), lines)

@@ -16,8 +16,7 @@ def warn(message: str | None):
 
 
 def ended_alike(rows) -> str | None:
-    """In words, what is wrong with an opponent whose answers all ended alike; None if it is well.
-    rows: those of generated.jsonl."""
+    """In words, what is wrong if the answers of generated.jsonl, rows, all ended alike; else None."""
     ends = {row["finish"] if row["generated"].strip() else "empty" for row in rows}
     if ends == {"length"}:
         return (
@@ -69,10 +68,8 @@ def signs_of_trouble(summary: dict, steps: list[list[dict]]) -> list[str]:
     for t, rows in enumerate(steps):
         if rows:
             late = rows[-max(1, len(rows) // 10) :]
-            loss, logratio, human = (
-                sum(row[key] for row in late) / len(late)
-                for key in ("loss", "logratio_real", "length_real")
-            )
+            keys = ("loss", "logratio_real", "length_real")
+            loss, logratio, human = (sum(row[key] for row in late) / len(late) for key in keys)
             if loss > 0.97 * start:
                 found.append(
                     f"Iteration {t}: the loss ended at {loss:.3f} and began at {start:.3f}, where "
