@@ -16,7 +16,7 @@ def warn(message: str | None):
 
 
 def ended_alike(rows) -> str | None:
-    """In words, what is wrong if the answers of generated.jsonl, rows, all ended alike; else None."""
+    """In words, what is wrong if all answers of generated.jsonl ended alike; None if it is well."""
     ends = {row["finish"] if row["generated"].strip() else "empty" for row in rows}
     if ends == {"length"}:
         return (

@@ -1,41 +1,40 @@
-"""data.py: the shapes of SFT data, the template, the tokens."""
+"""spin/data.py, tokens.py and selection.py: the shapes of SFT data, the template, the tokens."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spin.data import decode, encode, holds_special, read_rows, render, select, to_pair, write_jsonl
+from spin.data import read_rows, to_pair
+from spin.files import write_jsonl
+from spin.recipe import Recipe
+from spin.selection import select
+from spin.tokens import decode, encode, holds_special, render
 
-USER, BOT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
+
+def talk(*turns: str) -> list[dict]:
+    """A conversation as messages; the user speaks first."""
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": content}
+        for i, content in enumerate(turns)
+    ]
+
+
 WANTED = {"prompt": "Hi?", "real": "Hello."}
+ROUND = talk("Hi?", "Hello.")
+OTHER = talk("Hi?", "Yo")
+ULTRACHAT = {"messages": talk("Hi?", "Hello.", "More", "No."), "prompt": "Hi?", "prompt_id": "7"}
 SHAPES = {
     "prompt/response": {"prompt": "Hi?", "response": "Hello."},
     "prompt/completion": {"prompt": "Hi?", "completion": "Hello."},
     "question/answer": {"question": "Hi?", "answer": "Hello."},
     "alpaca": {"instruction": "Hi?", "input": "", "output": "Hello."},
-    "messages": {
-        "messages": [
-            USER,
-            BOT,
-            {"role": "user", "content": "More"},
-            {"role": "assistant", "content": "No."},
-        ],
-        "prompt": "Hi?",
-        "prompt_id": "7",
-    },  # UltraChat's fields
+    "messages": ULTRACHAT,
     "prompt/chosen/rejected": {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Yo"},
-    "ultrafeedback": {
-        "prompt": "Hi?",
-        "chosen": [USER, BOT],
-        "rejected": [USER, {"role": "assistant", "content": "Yo"}],
-        "messages": [USER, BOT],
-    },
-    "real/generated": {
-        "real": [USER, BOT],
-        "generated": [USER, {"role": "assistant", "content": "Yo"}],
-    },
+    "ultrafeedback": {"prompt": "Hi?", "chosen": ROUND, "rejected": OTHER, "messages": ROUND},
+    "real/generated": {"real": ROUND, "generated": OTHER},
 }
 
 
@@ -58,20 +57,16 @@ def test_every_shape_is_read_from_every_kind_of_file(shape, kind, tmp_path):
 
 
 def test_alpacas_input_belongs_to_the_prompt():
-    assert (
-        to_pair({"instruction": "Sum", "input": "1 2", "output": "3"}, "")["prompt"] == "Sum\n\n1 2"
-    )
+    pair = to_pair({"instruction": "Sum", "input": "1 2", "output": "3"}, "")
+    assert pair["prompt"] == "Sum\n\n1 2"
 
 
 def test_a_system_message_stays_with_the_prompt_and_only_the_first_round_counts(tokenizer):
-    pair = to_pair(
-        {"messages": [{"role": "system", "content": "Be kind."}, *SHAPES["messages"]["messages"]]},
-        "",
-    )
+    system = {"role": "system", "content": "Be kind."}
+    pair = to_pair({"messages": [system, *ULTRACHAT["messages"]]}, "")
     assert pair == {**WANTED, "system": "Be kind."}
-    assert render(tokenizer, "paper", **{k: pair[k] for k in ("prompt", "system")}).startswith(
-        "### Instruction: Be kind.\n\nHi?"
-    )
+    text = render(tokenizer, "paper", pair["prompt"], pair["system"])
+    assert text.startswith("### Instruction: Be kind.\n\nHi?")
 
 
 def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
@@ -79,34 +74,22 @@ def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
     assert "text, label" in line and "instruction/output" in line and "set.jsonl, row 1" in line
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------
+# ---- tokens ----
+
+
+SPACED_WORDS = "<unk> <s> </s> ▁ ### ▁### ▁Instruction: ▁Response: ▁Hi? ▁Hello Hello ▁Yes"
 
 
 def spaced_tokenizer(**specials):
     """A tokenizer that splits as SentencePiece models do: a space belongs to the word behind it."""
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "▁",
-        "###",
-        "▁###",
-        "▁Instruction:",
-        "▁Response:",
-        "▁Hi?",
-        "▁Hello",
-        "Hello",
-        "\n",
-        "▁Yes",
-    ]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    numbers = {word: i for i, word in enumerate([*SPACED_WORDS.split(), "\n"])}
+    core = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
     )
     core.decoder = decoders.Metaspace()
-    core.post_processor = processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", 1)]
-    )  # as Llama's: adds a BOS
+    # as Llama's: adds a BOS
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", eos_token="</s>", **specials
     )
@@ -121,111 +104,104 @@ def test_a_sequence_has_one_bos_and_ends_with_its_only_eos_and_the_mask_covers_t
     any_tokenizer,
 ):
     tok = any_tokenizer
-    prompt, none = encode(tok, "paper", {"prompt": "Hi?"})
+    prompt, prompt_mask = encode(tok, "paper", {"prompt": "Hi?"})
     ids, mask = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
     assert ids[0] == tok.bos_token_id and ids.count(tok.bos_token_id) == 1
     assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
-    assert ids[: len(prompt)] == prompt and not any(none)
+    assert ids[: len(prompt)] == prompt and not any(prompt_mask)
     assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-    assert "### Instruction: Hi?\n\n### Response: Hello" in tok.decode(
-        ids, skip_special_tokens=True
-    ).replace("▁", " ")
+    text = tok.decode(ids, skip_special_tokens=True).replace("▁", " ")
+    assert "### Instruction: Hi?\n\n### Response: Hello" in text
 
 
 def test_a_tokenizer_without_bos_gets_none():
     tok = spaced_tokenizer()
     ids, _ = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
-    assert (
-        ids.count(1) == 0 and tok("Hi?")["input_ids"].count(1) == 1
-    )  # though its post-processor would add one
+    assert ids.count(1) == 0
+    assert tok("Hi?")["input_ids"].count(1) == 1  # though its post-processor would add one
 
 
 def test_the_templates_last_space_goes_to_the_response_where_the_model_would_write_it():
     tok = spaced_tokenizer(bos_token="<s>")
     ids, mask = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
-    assert tok.convert_ids_to_tokens(ids)[-3:] == ["▁Response:", "▁Hello", "</s>"] and mask[
-        -3:
-    ] == [0, 1, 1]
-    apart = (
-        tok("### Response: ", add_special_tokens=False)["input_ids"]
-        + tok("Hello", add_special_tokens=False)["input_ids"]
-    )
-    assert tok.convert_ids_to_tokens(apart)[-2:] != [
-        "▁Response:",
-        "▁Hello",
-    ]  # control: tokenised apart, a stray "▁"
+    assert tok.convert_ids_to_tokens(ids)[-3:] == ["▁Response:", "▁Hello", "</s>"]
+    assert mask[-3:] == [0, 1, 1]
+    # control: tokenised apart, a stray "▁"
+    halves = [tok(text, add_special_tokens=False) for text in ("### Response: ", "Hello")]
+    apart = [token for half in halves for token in tok.convert_ids_to_tokens(half["input_ids"])]
+    assert apart[-2:] != ["▁Response:", "▁Hello"]
 
 
 def test_generation_and_training_see_the_same_prompt_ids(tokenizer):
     pair = {"prompt": "Reverse kola"}
-    assert (
-        encode(tokenizer, "paper", pair, "alok")[0][: len(encode(tokenizer, "paper", pair)[0])]
-        == encode(tokenizer, "paper", pair)[0]
-    )
-    assert (
-        encode(tokenizer, "paper", pair)[0] != encode(tokenizer, "Q: {prompt}\nA:", pair)[0]
-    )  # control: another template
+    in_generation, _ = encode(tokenizer, "paper", pair)
+    in_training, _ = encode(tokenizer, "paper", pair, "alok")
+    assert in_training[: len(in_generation)] == in_generation
+    otherwise, _ = encode(tokenizer, "Q: {prompt}\nA:", pair)
+    assert in_generation != otherwise  # control: another template
 
 
 def test_sampled_ids_are_taken_as_they_are_though_their_text_would_be_split_otherwise(tokenizer):
-    spelled = [
-        tokenizer.convert_tokens_to_ids(c) for c in " Sort 1"
-    ]  # letter by letter; the tokenizer has "Sort "
+    # letter by letter; the tokenizer has "Sort "
+    spelled = [tokenizer.convert_tokens_to_ids(c) for c in " Sort 1"]
     text = decode(tokenizer, "paper", spelled)
     assert text == "Sort 1"
     ids, mask = encode(tokenizer, "paper", {"prompt": "x"}, spelled)
     assert ids[-7:] == spelled and mask[-7:] == [1] * 7
-    assert [
-        i for i, m in zip(*encode(tokenizer, "paper", {"prompt": "x"}, text, eos=False)) if m
-    ] != spelled  # control
+    # control: its text
+    ids, mask = encode(tokenizer, "paper", {"prompt": "x"}, text, eos=False)
+    assert [i for i, m in zip(ids, mask, strict=True) if m] != spelled
 
 
 def test_the_text_of_a_special_token_in_a_response_or_prompt_does_not_become_one(tokenizer):
     ids, _ = encode(tokenizer, "paper", {"prompt": "say </s><s>"}, "a</s>b")
     assert ids.count(tokenizer.eos_token_id) == 1 and ids.count(tokenizer.bos_token_id) == 1
-    assert (
-        tokenizer("a</s>b")["input_ids"].count(tokenizer.eos_token_id) == 1
-    )  # control: plain tokenising parses it
+    # control: plain tokenising parses it
+    assert tokenizer("a</s>b")["input_ids"].count(tokenizer.eos_token_id) == 1
 
 
 def test_a_response_that_does_not_fit_is_cut_and_gets_no_eos(tokenizer):
-    whole, _ = encode(tokenizer, "paper", {"prompt": "Spell tin"}, "t-i-n")
-    ids, mask = encode(
-        tokenizer, "paper", {"prompt": "Spell tin"}, "t-i-n", max_length=len(whole) - 2
+    pair = {"prompt": "Spell tin"}
+    whole, _ = encode(tokenizer, "paper", pair, "t-i-n")
+    ids, mask = encode(tokenizer, "paper", pair, "t-i-n", max_length=len(whole) - 2)
+    assert ids == whole[:-2] and len(mask) == len(ids)
+    assert tokenizer.eos_token_id not in ids
+
+
+def with_chat_template(tokenizer, template: str):
+    """The demo's tokenizer with a chat template."""
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
     )
-    assert ids == whole[:-2] and len(mask) == len(ids) and tokenizer.eos_token_id not in ids
+    tok.chat_template = template
+    return tok
 
 
 def test_the_chat_template_is_the_tokenizers_own_with_one_bos(tokenizer):
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
-    tok.chat_template = (
+    tok = with_chat_template(
+        tokenizer,
         "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}",
     )
     assert render(tok, "chat", "Hi", "Be kind") == "<s>system: Be kind\nuser: Hi\nassistant:\n"
     ids, _ = encode(tok, "chat", {"prompt": "Hi"}, "Yo")
-    assert (
-        ids.count(tok.bos_token_id) == 1
-        and ids[0] == tok.bos_token_id
-        and ids.count(tok.eos_token_id) == 1
-    )
+    assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
+    assert ids.count(tok.eos_token_id) == 1
 
 
 def test_a_chat_template_that_refuses_a_system_message_is_named(tokenizer, refused):
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    tok = with_chat_template(
+        tokenizer,
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ messages[-1].content }}",
     )
-    tok.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[-1].content }}"
     assert render(tok, "chat", "Hi") == "Hi"
     assert "no system role" in refused(lambda: render(tok, "chat", "Hi", "Be kind"))
 
 
 def test_a_special_token_without_a_role_counts_as_special_too(tokenizer):
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="</s>"
-    )
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    tok = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token="</s>")
     assert not holds_special(tokenizer, "see <repo>")
     tok.add_tokens([AddedToken("<repo>", special=True)])
     assert "<repo>" not in tok.all_special_tokens and holds_special(tok, "see <repo>")
@@ -239,25 +215,27 @@ def test_other_braces_in_template_or_prompt_are_plain_text(tokenizer):
     assert render(tokenizer, "{x} {prompt} {0}", "a {prompt} {y}") == "{x} a {prompt} {y} {0}"
 
 
-# ---- selection -------------------------------------------------------------------------------------------------
+# ---- selection ----
 
 
 def rows_of(n):
     return [{"prompt": f"p {i}", "response": f"r {i}"} for i in range(n)]
 
 
-def choose(
-    rows, tokenizer, number=1000, seed=0, max_length=64, max_new_tokens=24, template="paper"
-):
-    return select(rows, "set", tokenizer, template, number, seed, max_length, max_new_tokens)
+SHORT = Recipe(max_length=64, max_new_tokens=24)
+
+
+def selected(rows, tokenizer, number=1000, recipe=SHORT):
+    return select(rows, "set", tokenizer, recipe, number)
 
 
 def test_a_smaller_number_of_prompts_is_a_subset_of_a_larger_under_one_seed(tokenizer):
-    ids = {n: {p["id"] for p in choose(rows_of(100), tokenizer, n)[0]} for n in (14, 26, 50)}
-    assert ids[14] < ids[26] < ids[50] and len(ids[50]) == 50
-    assert ids[14] != {
-        p["id"] for p in choose(rows_of(100), tokenizer, 14, seed=1)[0]
-    }  # control: another seed
+    def ids_of(number, recipe=SHORT):
+        pairs, _ = selected(rows_of(100), tokenizer, number, recipe)
+        return {pair["id"] for pair in pairs}
+
+    assert ids_of(14) < ids_of(26) < ids_of(50) and len(ids_of(50)) == 50
+    assert ids_of(14) != ids_of(14, replace(SHORT, seed=1))  # control: another seed
 
 
 def test_what_is_left_out_is_counted_by_rule(tokenizer):
@@ -268,7 +246,7 @@ def test_what_is_left_out_is_counted_by_rule(tokenizer):
         {"prompt": "w" * 60, "response": "r"},
         {"prompt": "z", "response": "y" * 60},
     ]
-    pairs, counts = choose(rows, tokenizer)
+    pairs, counts = selected(rows, tokenizer)
     assert {p["prompt"] for p in pairs} == {"p 0", "p 1", "p 2", "z"}
     assert dict(counts) == {
         "read": 8,
@@ -281,10 +259,10 @@ def test_what_is_left_out_is_counted_by_rule(tokenizer):
 
 def test_with_a_template_of_special_tokens_text_that_spells_one_is_left_out_and_counted(tokenizer):
     rows = rows_of(2) + [{"prompt": "what is </s>?", "response": "r"}]
-    assert choose(rows, tokenizer, template="{prompt}</s>A:")[1]["text of a special token"] == 1
-    assert (
-        choose(rows, tokenizer)[1]["text of a special token"] == 0
-    )  # the paper's template is plain text
+    _, counts = selected(rows, tokenizer, recipe=replace(SHORT, template="{prompt}</s>A:"))
+    assert counts["text of a special token"] == 1
+    _, counts = selected(rows, tokenizer)
+    assert counts["text of a special token"] == 0  # the paper's template is plain text
 
 
 def test_a_prompt_of_no_tokens_is_left_out_for_nothing_would_predict_the_first_token_of_its_answer(
@@ -292,15 +270,12 @@ def test_a_prompt_of_no_tokens_is_left_out_for_nothing_would_predict_the_first_t
 ):
     core = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))  # drops what it does not know
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
-    pairs, counts = choose(
-        [{"prompt": "zz", "response": "a"}, {"prompt": "ab", "response": "b"}],
-        tok,
-        template="{prompt}",
-    )
-    assert [p["prompt_ids"] for p in pairs] == [[0, 1]] and counts["prompt of no tokens"] == 1
+    rows = [{"prompt": "zz", "response": "a"}, {"prompt": "ab", "response": "b"}]
+    pairs, counts = selected(rows, tok, recipe=replace(SHORT, template="{prompt}"))
+    assert [p["prompt_ids"] for p in pairs] == [[0, 1]]
+    assert counts["prompt of no tokens"] == 1
 
 
 def test_no_usable_rows_is_refused_with_the_counts(tokenizer, refused):
-    assert "empty prompt or response: 2" in refused(
-        lambda: choose([{"prompt": "", "response": "x"}] * 2, tokenizer)
-    )
+    rows = [{"prompt": "", "response": "x"}] * 2
+    assert "empty prompt or response: 2" in refused(lambda: selected(rows, tokenizer))

@@ -8,7 +8,8 @@ from conftest import REPO, THETA0
 sys.path.insert(0, str(REPO / "demo"))
 import make_demo
 
-from spin.data import decode, encode, read_jsonl
+from spin.files import read_jsonl
+from spin.tokens import decode, encode
 
 
 def test_the_sft_set_is_what_the_script_makes_and_training_and_held_out_prompts_are_disjoint():
@@ -20,23 +21,27 @@ def test_the_sft_set_is_what_the_script_makes_and_training_and_held_out_prompts_
     assert make_demo.sft_set(random.Random(1)) != (training, heldout)  # control
 
 
+NO_CONSONANTS = str.maketrans("", "", "bcdfghjklmnpqrstvwxyz")
+# the first word of a prompt → whether y is right; words: those of the prompt
+RIGHT = {
+    "Reverse": lambda words, y: list(reversed(words[-1])) == list(y),
+    "Capitals": lambda words, y: y.lower() == words[-1] and y.isupper(),
+    "Last": lambda words, y: words[-1].endswith(y) and len(y) == 1,
+    "Spell": lambda words, y: y.split("-") == list(words[-1]),
+    "Vowels": lambda words, y: y == words[-1].translate(NO_CONSONANTS),
+    "Twice": lambda words, y: y == f"{words[-1]}{words[-1]}",
+    "Larger": lambda words, y: int(y) == max(int(words[2]), int(words[-1])),
+    "Add": lambda words, y: int(y) - int(words[-1]) == int(words[1]),
+    "Next": lambda words, y: int(y) - 1 == int(words[-1]),
+    "Sort": lambda words, y: sorted(words[1:], key=int) == y.split(),
+}
+
+
 def test_the_answers_are_right():
     """Each kind of task checked by other means than the one that made it."""
     for row in read_jsonl(REPO / "demo" / "heldout.jsonl"):
-        words, y = row["prompt"].split(), row["response"]
-        kind, last = words[0], words[-1]
-        assert {
-            "Reverse": lambda: list(reversed(last)) == list(y),
-            "Capitals": lambda: y.lower() == last and y.isupper(),
-            "Last": lambda: last.endswith(y) and len(y) == 1,
-            "Spell": lambda: y.split("-") == list(last),
-            "Vowels": lambda: y == last.translate(str.maketrans("", "", "bcdfghjklmnpqrstvwxyz")),
-            "Twice": lambda: y == f"{last}{last}",
-            "Larger": lambda: int(y) == max(int(words[2]), int(last)),
-            "Add": lambda: int(y) - int(last) == int(words[1]),
-            "Next": lambda: int(y) - 1 == int(last),
-            "Sort": lambda: sorted(words[1:], key=int) == y.split(),
-        }[kind](), row
+        words = row["prompt"].split()
+        assert RIGHT[words[0]](words, row["response"]), row
 
 
 def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_gives_every_text_back(
@@ -44,11 +49,10 @@ def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_gives_every_text_
 ):
     assert 100_000 < sum(p.numel() for p in model.parameters()) < 150_000
     assert sum(f.stat().st_size for f in THETA0.iterdir()) < 1_000_000
-    assert (
-        make_demo.make_tokenizer().backend_tokenizer.to_str()
-        == tokenizer.backend_tokenizer.to_str()
-    )
+    made = make_demo.make_tokenizer().backend_tokenizer
+    assert made.to_str() == tokenizer.backend_tokenizer.to_str()
     for row in read_jsonl(REPO / "demo" / "train.jsonl"):
         ids, mask = encode(tokenizer, "paper", row, row["response"], eos=False)
         assert tokenizer.unk_token_id not in ids
-        assert decode(tokenizer, "paper", [i for i, m in zip(ids, mask) if m]) == row["response"]
+        answer = [i for i, m in zip(ids, mask, strict=True) if m]
+        assert decode(tokenizer, "paper", answer) == row["response"]

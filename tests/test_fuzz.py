@@ -1,21 +1,26 @@
-"""Any text in any shape, any lengths, any number of ranks: what data.py, packing.py and train.py promise of all of them.
+"""Any text in any shape, any lengths, any number of ranks: what the tokens, the selection, the bins
+and the batches promise of all of them.
 
-200 examples each, the same ones every time; FUZZ=10000 python -m pytest -q tests/test_fuzz.py tries that many new ones.
+200 examples each, the same ones every time. FUZZ=10000 python -m pytest -q tests/test_fuzz.py
+tries that many new ones.
 """
 
 import collections
+import itertools
 import os
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_data import spaced_tokenizer
+from test_data import spaced_tokenizer, talk
 
-import train
-from spin import distributed
-from spin import recipe as recipes
-from spin.data import decode, encode, holds_special, parses_specials, select, to_pair
-from spin.packing import pack, share
+from spin.data import to_pair
+from spin.distributed import World
+from spin.packing import balanced_bins, pack
+from spin.pairs import batches, micro_batches
+from spin.recipe import Recipe
+from spin.selection import select
+from spin.tokens import decode, encode, holds_special, parses_specials
 
 NUMBER = int(os.environ.get("FUZZ", 200))
 many = settings(
@@ -26,29 +31,9 @@ many = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 PIECES = [
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<|im_end|>",
-    " ",
-    "  ",
-    "\n",
-    "### Response:",
-    "### Instruction:",
-    "▁",
-    "Hello",
-    "Sort ",
-    "tin",
-    "\0",
-    "\u200b",
-    "\r\n",
-    "é",
-    "e\u0301",
-    "{prompt}",
-    "\u2028",
-    "ﷺ",
-    "👩‍👩‍👧",
-    "\ufeff",
+    *("</s>", "<s>", "<unk>", "<|im_end|>", "### Response:", "### Instruction:", "{prompt}"),
+    *("Hello", "Sort ", "tin", "▁", " ", "  ", "\n", "\r\n", "\0", "\u200b", "\u2028", "\ufeff"),
+    *("é", "e\u0301", "ﷺ", "👩‍👩‍👧"),
 ]
 text = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_size=8).map("".join)
 template = st.one_of(
@@ -56,15 +41,14 @@ template = st.one_of(
     st.just("<s>[INST] {prompt} [/INST]"),
     st.tuples(text, text).map("{prompt}".join),
 )
-TALK = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
 SHAPES = {
     "prompt/response": lambda q, a: {"prompt": q, "response": a},
     "prompt/completion": lambda q, a: {"prompt": q, "completion": a},
     "question": lambda q, a: {"question": q, "answer": a},
     "alpaca": lambda q, a: {"instruction": q, "output": a, "input": ""},
-    "messages": lambda q, a: {"messages": TALK(q, a)},
+    "messages": lambda q, a: {"messages": talk(q, a)},
     "own": lambda q, a: {"prompt": q, "real": a, "generated": a},
-    "preference": lambda q, a: {"prompt": q, "chosen": TALK(q, a), "rejected": a},
+    "preference": lambda q, a: {"prompt": q, "chosen": talk(q, a), "rejected": a},
 }
 
 
@@ -77,12 +61,9 @@ def tok(request, tokenizer):
     }[request.param]
 
 
-@example(
-    shape="question", template="paper", prompt="\n</s>", response="", other="", cut=1
-)  # found by 10,000: a word of the
-@example(
-    shape="question", template="paper", prompt="", response="\n</s>", other="", cut=1
-)  # vocabulary, though split as text
+# found by 10,000: a word of the vocabulary, though split as text
+@example(shape="question", template="paper", prompt="\n</s>", response="", other="", cut=1)
+@example(shape="question", template="paper", prompt="", response="\n</s>", other="", cut=1)
 @many
 @given(
     shape=st.sampled_from(sorted(SHAPES)),
@@ -95,31 +76,31 @@ def tok(request, tokenizer):
 def test_ids_and_masks_of_any_text(tok, shape, template, prompt, response, other, cut):
     pair = to_pair(SHAPES[shape](prompt, response), "row")
     assert (pair["prompt"], pair["real"]) == (prompt, response)
-    if parses_specials(tok, template) and any(
-        holds_special(tok, part) for part in (prompt, response, other)
-    ):
+    spelt = any(holds_special(tok, part) for part in (prompt, response, other))
+    if spelt and parses_specials(tok, template):
         return  # select leaves these out, and counts them
-    start, nothing = encode(tok, template, pair)
+    start, start_mask = encode(tok, template, pair)
     ids, mask = encode(tok, template, pair, response)
-    written = (
-        0 if template == "paper" else template.count(tok.bos_token or "\0\0")
-    )  # a template may be written with a BOS
+    # one BOS; more only where the template is written with them
+    written = 0 if template == "paper" else template.count(tok.bos_token or "\0\0")
     if tok.bos_token_id is not None:
         there = written > 0 and template.replace("{prompt}", prompt).startswith(tok.bos_token)
         assert ids[0] == tok.bos_token_id and ids.count(tok.bos_token_id) == written + (not there)
+    # one EOS, at the end
     eos = ids[len(start) :].count(tok.eos_token_id)
     assert eos == 1 and ids[-1] == tok.eos_token_id
     assert written or holds_special(tok, template) or ids.count(tok.eos_token_id) == 1
-    assert mask == [0] * len(start) + [1] * (len(ids) - len(start)) and not any(nothing)
+    # the mask covers the response, and the prompt's ids do not depend on it
+    assert mask == [0] * len(start) + [1] * (len(ids) - len(start)) and not any(start_mask)
     assert ids[: len(start)] == start == encode(tok, template, pair, other)[0][: len(start)]
+    # what is cut has no EOS
     short, short_mask = encode(tok, template, pair, response, cut)
-    assert (
-        short == ids[:cut]
-        and short_mask == mask[:cut]
-        and (len(ids) <= cut or short[-1:] != [tok.eos_token_id] or holds_special(tok, template))
-    )
+    assert short == ids[:cut] and short_mask == mask[:cut]
+    ends_by_eos = short[-1:] == [tok.eos_token_id]
+    assert len(ids) <= cut or not ends_by_eos or holds_special(tok, template)
+    # ids are taken as they are
     sampled = ids[len(start) :]
-    assert encode(tok, template, pair, sampled) == (ids, mask)  # ids are taken as they are
+    assert encode(tok, template, pair, sampled) == (ids, mask)
     assert isinstance(decode(tok, template, sampled), str)
 
 
@@ -131,27 +112,22 @@ def test_ids_and_masks_of_any_text(tok, shape, template, prompt, response, other
     length=st.integers(20, 80),
 )
 def test_selected_pairs_fit_and_occur_once(tokenizer, rows, number, seed, length):
-    rows = [{"prompt": q, "response": a} for q, a in rows] + [
-        {"prompt": "Spell a", "response": "a"}
-    ]
+    rows = [{"prompt": q, "response": a} for q, a in [*rows, ("Spell a", "a")]]
+    recipe = Recipe(template="{prompt}", seed=seed, max_length=length, max_new_tokens=8)
     try:
-        pairs, counts = select(rows, "set", tokenizer, "{prompt}", number, seed, length, 8)
+        pairs, counts = select(rows, "set", tokenizer, recipe, number)
     except SystemExit:
         return  # none that fits
-    assert 1 <= len(pairs) <= number and len({p["prompt"] for p in pairs}) == len(pairs) == len(
-        {p["id"] for p in pairs}
-    )
+    assert 1 <= len(pairs) <= number
+    for name in ("prompt", "id"):
+        assert len({pair[name] for pair in pairs}) == len(pairs)
     for pair in pairs:
-        assert (
-            rows[pair["id"]]["prompt"] == pair["prompt"]
-            and pair["prompt"].strip()
-            and pair["real"].strip()
-        )
+        assert rows[pair["id"]]["prompt"] == pair["prompt"]
+        assert pair["prompt"].strip() and pair["real"].strip()
         assert 0 < len(pair["prompt_ids"]) <= length - 8
-    left = sum(
-        n for name, n in counts.items() if name not in ("read", "response cut at max_length")
-    )
-    assert counts["read"] == len(pairs) + left
+    used = ("read", "response cut at max_length")
+    left_out = sum(n for name, n in counts.items() if name not in used)
+    assert counts["read"] == len(pairs) + left_out
 
 
 sizes = st.lists(st.one_of(st.integers(1, 40), st.integers(0, 5000)), min_size=1, max_size=60)
@@ -160,30 +136,27 @@ sizes = st.lists(st.one_of(st.integers(1, 40), st.integers(0, 5000)), min_size=1
 @many
 @given(sizes=sizes, budget=st.integers(1, 3000), parts=st.integers(1, 17))
 def test_bins_hold_everything_once(sizes, budget, parts):
-    bins = share(sizes, budget, parts)
+    bins = balanced_bins(sizes, budget, parts)
     load = [sum(sizes[i] for i in b) for b in bins]
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     assert len(bins) % parts == 0 and load == sorted(load, reverse=True)
-    assert all(full <= budget or len(b) == 1 for full, b in zip(load, bins))
+    assert all(full <= budget or len(b) == 1 for full, b in zip(load, bins, strict=True))
     if budget >= max(sizes) and len(sizes) > 4 * len(bins):
         assert load[0] - load[-1] <= max(sizes)  # as even as the largest piece allows
 
 
+# (id, mask) of each token
+one_sequence = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 1)), min_size=1, max_size=30)
+
+
 @many
-@given(
-    rows=st.lists(
-        st.lists(st.tuples(st.integers(0, 99), st.integers(0, 1)), min_size=1, max_size=30),
-        min_size=1,
-        max_size=9,
-    )
-)
+@given(rows=st.lists(one_sequence, min_size=1, max_size=9))
 def test_a_packed_row_falls_apart_into_its_sequences(rows):
-    sequences = [tuple(map(list, zip(*row))) for row in rows]
+    sequences = [tuple(map(list, zip(*row, strict=True))) for row in rows]
     ids, mask, lengths = pack(sequences, "cpu")
     assert ids.shape == mask.shape == (1, sum(lengths))
-    assert [
-        (a.tolist(), b.tolist()) for a, b in zip(ids[0].split(lengths), mask[0].split(lengths))
-    ] == sequences
+    parts = zip(ids[0].split(lengths), mask[0].split(lengths), strict=True)
+    assert [(a.tolist(), b.tolist()) for a, b in parts] == sequences
 
 
 @many
@@ -201,27 +174,25 @@ def test_every_pair_is_trained_on_once_an_epoch_and_every_rank_makes_as_many_pas
     lengths, ranks, batch, budget, seed, t, epoch, sft
 ):
     pairs = [
-        {"real": ([0] * a, 0), "generated": ([0] * b, 0), "index": i}
-        for i, (a, b) in enumerate(lengths)
+        {"real": ([0] * real, 0), "generated": ([0] * generated, 0), "index": i}
+        for i, (real, generated) in enumerate(lengths)
     ]
-    recipe = recipes.Recipe(
-        batch_size=batch, micro_tokens=budget, seed=seed, objective="sft" if sft else "spin"
-    )
-    plan, seen = train.batches(len(pairs), recipe, t, epoch), collections.Counter()
+    objective = "sft" if sft else "spin"
+    recipe = Recipe(batch_size=batch, micro_tokens=budget, seed=seed, objective=objective)
+    plan = batches(len(pairs), recipe, t, epoch)
     assert all(len(b) == batch for b in plan[:-1])
+    seen = collections.Counter()
     for one in plan:
+        # (rows, weights) of each pass, rank by rank
         shares = [
-            list(train.micro_batches(one, pairs, recipe, distributed.World(rank, ranks, None)))
+            list(micro_batches(one, pairs, recipe, World(rank, ranks, None)))
             for rank in range(ranks)
         ]
         assert len({len(passes) for passes in shares}) == 1
-        here = [
-            row["index"]
-            for passes in shares
-            for rows, weight in passes
-            for row, w in zip(rows, weight.tolist())
-            if w
-        ]
-        assert sorted(here) == sorted(one) and all(rows for passes in shares for rows, _ in passes)
+        here = []
+        for rows, weight in itertools.chain.from_iterable(shares):
+            assert rows
+            here += [row["index"] for row, w in zip(rows, weight.tolist(), strict=True) if w]
+        assert sorted(here) == sorted(one)
         seen.update(here)
     assert seen == collections.Counter(range(len(pairs)))

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps
-from spin.data import encode
 from spin.packing import pack
+from spin.tokens import encode
 
 torch.manual_seed(0)
-FOUR = (
-    torch.randn(4, 6, dtype=torch.float64) * 3
-)  # policy real, policy generated, opponent real, opponent generated
+# log-probabilities of six pairs: policy real, policy generated, opponent real, opponent generated
+FOUR = torch.randn(4, 6, dtype=torch.float64) * 3
 
 
 def by_hand(name, t):
@@ -28,13 +27,11 @@ def by_hand(name, t):
 @pytest.mark.parametrize("lam", [0.1, 1.0, 5.0])
 def test_spin_loss_is_equation_4_7_for_every_ell(ell, lam):
     losses = spin_loss(*FOUR, lam=lam, ell=ell)
-    for i, (pr, pg, o_r, og) in enumerate(FOUR.T.tolist()):
-        assert losses[i].item() == pytest.approx(
-            by_hand(ell, lam * (pr - o_r) - lam * (pg - og)), rel=1e-12
-        )
-    swapped = spin_loss(
-        FOUR[1], FOUR[0], FOUR[3], FOUR[2], lam=lam, ell=ell
-    )  # control: generated preferred to real
+    for loss, (pr, pg, o_r, og) in zip(losses.tolist(), FOUR.T.tolist(), strict=True):
+        wanted = by_hand(ell, lam * (pr - o_r) - lam * (pg - og))
+        assert loss == pytest.approx(wanted, rel=1e-12)
+    # control: generated preferred to real
+    swapped = spin_loss(*FOUR[[1, 0, 3, 2]], lam=lam, ell=ell)
     assert not torch.allclose(losses, swapped)
 
 
@@ -56,12 +53,14 @@ def test_every_ell_is_convex_and_decreasing_with_negative_slope_at_zero(ell):
 
 def test_loss_is_log2_when_policy_is_opponent():
     same = torch.randn(5)
-    assert torch.allclose(spin_loss(same, same - 1, same, same - 1), torch.full((5,), math.log(2)))
-    assert not torch.allclose(spin_loss(same, same - 1, same, same), torch.full((5,), math.log(2)))
+    log2 = torch.full((5,), math.log(2))
+    assert torch.allclose(spin_loss(same, same - 1, same, same - 1), log2)
+    assert not torch.allclose(spin_loss(same, same - 1, same, same), log2)  # control
 
 
 def test_the_logistic_loss_is_stable_for_margins_of_10000():
-    big, zero = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2)
+    big = torch.tensor([1e4, -1e4], requires_grad=True)
+    zero = torch.zeros(2)
     losses = spin_loss(big, zero, zero, zero, lam=1.0)
     losses.sum().backward()
     assert losses.tolist() == [0.0, 1e4] and big.grad.tolist() == [0.0, -1.0]
@@ -72,13 +71,9 @@ def test_bf16_log_probs_are_computed_in_fp32_and_float64_stays():
     losses = spin_loss(*four)
     assert losses.dtype == torch.float32
     assert torch.equal(losses, spin_loss(*four.float()))
-    in_bf16 = 0.1 * (four[0] - four[2]) - 0.1 * (
-        four[1] - four[3]
-    )  # control: what must not be done
-    assert (
-        in_bf16.float()
-        - (0.1 * (four.float()[0] - four.float()[2]) - 0.1 * (four.float()[1] - four.float()[3]))
-    ).abs().max() > 0.01
+    # control: what must not be done
+    in_bf16, in_fp32 = (0.1 * (x[0] - x[2]) - 0.1 * (x[1] - x[3]) for x in (four, four.float()))
+    assert (in_bf16.float() - in_fp32).abs().max() > 0.01
     assert spin_loss(*FOUR).dtype == sft_loss(FOUR[0]).dtype == torch.float64
 
 
@@ -87,40 +82,39 @@ def test_sft_loss_is_the_negative_sum_of_log_probs():
 
 
 def test_token_logps_are_log_softmax_at_the_labels_in_fp32():
-    logits, labels = torch.randn(2, 5, 7) * 4, torch.randint(7, (2, 5))
-    wanted = logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    def by_log_softmax(logits):
+        return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+
+    logits = torch.randn(2, 5, 7) * 4
+    labels = torch.randint(7, (2, 5))
+    wanted = by_log_softmax(logits.double())
     got = token_logps(logits, labels)
     assert got.shape == (2, 5) and got.dtype == torch.float32
     assert torch.allclose(got.double(), wanted, atol=1e-6)
     rounded = logits.bfloat16()
-    wanted = rounded.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    wanted = by_log_softmax(rounded.double())
     assert (token_logps(rounded, labels) - wanted).abs().max() < 1e-5
-    careless = rounded.log_softmax(-1).gather(-1, labels[..., None])[
-        ..., 0
-    ]  # control: log-softmax in bf16
+    careless = by_log_softmax(rounded)  # control: log-softmax in bf16
     assert (careless - wanted).abs().max() > 1e-3
 
 
 def chain_rule(model, ids, mask, average=False):
-    """log p(y|x) a token at a time: the oracle feeds the prefix alone and reads the next token's probability."""
+    """log p(y|x) a token at a time: the oracle.
+
+    It feeds the prefix alone and reads the next token's probability."""
     terms = []
     for j in range(1, len(ids)):
         if mask[j]:
             logits = model(torch.tensor([ids[:j]])).logits[0, -1]
             terms.append(logits.double().log_softmax(-1)[ids[j]])
-    return (torch.stack(terms).mean() if average else torch.stack(terms).sum()).item()
+    terms = torch.stack(terms)
+    return (terms.mean() if average else terms.sum()).item()
 
 
 @pytest.fixture()
 def sequences(tokenizer):
-    return [
-        encode(tokenizer, "paper", {"prompt": p}, y)
-        for p, y in (
-            ("Reverse kola", "alok"),
-            ("Larger of 12 and 93", "93"),
-            ("Spell tin", "t-i-n, ok"),
-        )
-    ]
+    answers = {"Reverse kola": "alok", "Larger of 12 and 93": "93", "Spell tin": "t-i-n, ok"}
+    return [encode(tokenizer, "paper", {"prompt": x}, y) for x, y in answers.items()]
 
 
 @torch.no_grad()
@@ -128,26 +122,24 @@ def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_sh
     model, sequences
 ):
     together = sequence_logps(model, *pack(sequences, "cpu"))
-    for (ids, mask), logp in zip(sequences, together.tolist()):
+    for (ids, mask), logp in zip(sequences, together.tolist(), strict=True):
         assert logp == pytest.approx(chain_rule(model, ids, mask), abs=1e-4)
-        assert logp != pytest.approx(
-            chain_rule(model, ids, mask, average=True), abs=1e-2
-        )  # control: a mean
-        assert logp != pytest.approx(
-            chain_rule(model, ids, [1] * len(ids)), abs=1e-2
-        )  # control: prompt counted
-        unshifted = token_logps(
-            model(torch.tensor([ids])).logits[0], torch.tensor(ids)
-        )  # control: no shift
-        assert logp != pytest.approx((unshifted * torch.tensor(mask)).sum().item(), abs=1e-2)
+        # controls: a mean, the prompt counted, no shift
+        mean = chain_rule(model, ids, mask, average=True)
+        assert logp != pytest.approx(mean, abs=1e-2)
+        with_prompt = chain_rule(model, ids, [1] * len(ids))
+        assert logp != pytest.approx(with_prompt, abs=1e-2)
+        logps = token_logps(model(torch.tensor([ids])).logits[0], torch.tensor(ids))
+        unshifted = (logps * torch.tensor(mask)).sum().item()
+        assert logp != pytest.approx(unshifted, abs=1e-2)
 
 
 def test_logits_are_computed_for_response_tokens_only(model, sequences):
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    row = pack(sequences, "cpu")
-    sequence_logps(model, *row)
-    assert seen[0][1] == sum(sum(mask) for _, mask in sequences) < row[0].shape[1]
+    input_ids, response_mask, lengths = pack(sequences, "cpu")
+    sequence_logps(model, input_ids, response_mask, lengths)
+    assert seen[0][1] == sum(sum(mask) for _, mask in sequences) < input_ids.shape[1]
 
 
 def test_the_first_gradient_of_spin_is_half_lambda_of_the_sft_gradient_less_the_score_of_the_generated(

@@ -1,4 +1,4 @@
-"""packing.py: sequences in one row stay apart, in every attention; bins are full, even and whole."""
+"""spin/packing.py: sequences in a row stay apart, in any attention; bins are full, even, whole."""
 
 import random
 
@@ -21,36 +21,36 @@ from transformers import (
 )
 
 from loss import sequence_logps, token_logps
-from spin.packing import pack, packed, share
+from spin.packing import balanced_bins, pack, packed
 
-SMALL = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-)
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+SMALL_GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "grouped queries": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+    "sliding window": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=7)),
+    "learnt positions": lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2)),
+}
 
 
 def build(kind):
     torch.manual_seed(0)
-    model = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-        "grouped queries": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)),
-        "sliding window": lambda: MistralForCausalLM(
-            MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=7)
-        ),
-        "learnt positions": lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-        ),
-    }[kind]()
+    model = KINDS[kind]()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)  # so that attention is far from even
     return model.eval()
 
 
 def rows(seed=0, lengths=(30, 9, 1 + 3, 21)):
+    """Sequences of random ids, each a prompt of three tokens and its response."""
     rng = random.Random(seed)
     return [([rng.randrange(61) for _ in range(n)], [0] * 3 + [1] * (n - 3)) for n in lengths]
 
@@ -65,19 +65,17 @@ def one_by_one(model, sequences):
 
 
 def gradient(values, model):
+    """The gradient of a sum in which each value has a weight of its own, flat."""
     weights = torch.arange(1.0, len(values) + 1)
-    return torch.cat(
-        [
-            g.flatten()
-            for g in torch.autograd.grad((weights * values).sum(), list(model.parameters()))
-        ]
-    )
+    gradients = torch.autograd.grad((weights * values).sum(), list(model.parameters()))
+    return torch.cat([g.flatten() for g in gradients])
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "grouped queries", "sliding window", "learnt positions"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_log_probs_and_gradients_are_those_of_each_sequence_alone(kind, attention):
-    model, sequences = build(kind), rows()
+    model = build(kind)
+    sequences = rows()
     wanted = one_by_one(model, sequences)
     if attention != "auto":
         model.set_attn_implementation(attention)
@@ -85,18 +83,21 @@ def test_packed_log_probs_and_gradients_are_those_of_each_sequence_alone(kind, a
         assert model.config._attn_implementation == ("packed" if attention == "auto" else attention)
         got = sequence_logps(model, *pack(sequences, "cpu"))
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-4)
-        a, b = gradient(got, model), gradient(wanted, model)
-        assert (a - b).norm() < 1e-4 * b.norm()
+        wanted_gradient = gradient(wanted, model)
+        error = gradient(got, model) - wanted_gradient
+        assert error.norm() < 1e-4 * wanted_gradient.norm()
     assert model.config._attn_implementation == ("sdpa" if attention == "auto" else attention)
 
 
-@pytest.mark.parametrize(
-    "lost", [("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"), ("position_ids",)]
-)
+LOST = [("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"), ("position_ids",)]
+
+
+@pytest.mark.parametrize("lost", LOST)
 def test_controls_plain_causal_attention_over_the_row_or_running_positions_give_other_log_probs(
     lost,
 ):
-    model, sequences = build("learnt positions"), rows()
+    model = build("learnt positions")
+    sequences = rows()
 
     def forgetful(**kwargs):
         return model(**{k: v for k, v in kwargs.items() if k not in lost})
@@ -107,24 +108,24 @@ def test_controls_plain_causal_attention_over_the_row_or_running_positions_give_
             got = sequence_logps(forgetful, *pack(sequences, "cpu"))
     else:
         got = sequence_logps(forgetful, *pack(sequences, "cpu"))
-    assert got[0].item() == pytest.approx(
-        wanted[0].item(), rel=1e-5
-    )  # the first sequence has nothing before it
+    # the first sequence has nothing before it
+    assert got[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
     assert not torch.isclose(got[1:], wanted[1:], rtol=1e-3).any()
 
 
 def test_a_neighbour_in_the_row_changes_nothing():
-    model, (a, b, c, d) = build("sliding window"), rows()
+    model = build("sliding window")
+    a, b, c, d = rows()
     with packed(model), torch.no_grad():
-        first, second = (sequence_logps(model, *pack(row, "cpu")) for row in ((a, b, c), (d, b, d)))
+        first = sequence_logps(model, *pack([a, b, c], "cpu"))
+        second = sequence_logps(model, *pack([d, b, d], "cpu"))
     assert first[1].item() == pytest.approx(second[1].item(), rel=1e-5)
 
 
 def test_models_that_mix_along_the_row_or_whose_attention_is_not_known_are_refused(refused):
     recurrent = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1))
-    convolving = Lfm2ForCausalLM(
-        Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-    )
+    layers = ["conv", "full_attention"]
+    convolving = Lfm2ForCausalLM(Lfm2Config(**GROUPED, layer_types=layers))
 
     def use(model):
         with packed(model):
@@ -132,10 +133,9 @@ def test_models_that_mix_along_the_row_or_whose_attention_is_not_known_are_refus
 
     assert "MambaForCausalLM cannot keep" in refused(lambda: use(recurrent))
     assert "Lfm2ForCausalLM cannot keep" in refused(lambda: use(convolving))
-    gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)).eval()
-    assert (
-        "softcap" in refused(lambda: use(gemma)) and gemma.config._attn_implementation != "packed"
-    )
+    gemma = Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)).eval()
+    assert "softcap" in refused(lambda: use(gemma))
+    assert gemma.config._attn_implementation != "packed"
     gemma.set_attn_implementation("eager")  # as the message advises
     with packed(gemma, "eager"), torch.no_grad():
         got = sequence_logps(gemma, *pack(rows(), "cpu"))
@@ -145,31 +145,29 @@ def test_models_that_mix_along_the_row_or_whose_attention_is_not_known_are_refus
 def test_token_logps_are_log_softmax_and_so_is_their_gradient_in_blocks_of_any_size():
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        logits = (
-            (5 * torch.randn(3, 1500, 4099, dtype=torch.float64)).to(dtype).requires_grad_()
-        )  # 4 blocks and a bit
+        # 4 blocks and a bit
+        logits = 5 * torch.randn(3, 1500, 4099, dtype=torch.float64)
+        logits = logits.to(dtype).requires_grad_()
         labels = torch.randint(0, 4099, (3, 1500))
         wide = logits.to(torch.promote_types(dtype, torch.float32))
         wanted = wide.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-        got, weights = token_logps(logits, labels), torch.randn(3, 1500).to(wide.dtype)
-        assert got.dtype == wide.dtype and torch.allclose(
-            got, wanted, atol=1e-12 if dtype is torch.float64 else 1e-5
-        )
-        a, b = (
+        got = token_logps(logits, labels)
+        assert got.dtype == wide.dtype
+        assert torch.allclose(got, wanted, atol=1e-12 if dtype is torch.float64 else 1e-5)
+        weights = torch.randn(3, 1500).to(wide.dtype)
+        ours, theirs = (
             torch.autograd.grad((weights * x).sum(), logits, retain_graph=True)[0]
             for x in (got, wanted)
         )
-        assert a.dtype == dtype and torch.allclose(a, b, atol=tolerance)
-        del a, b
+        assert ours.dtype == dtype and torch.allclose(ours, theirs, atol=tolerance)
+        del ours, theirs
 
 
 def test_token_logps_keep_no_second_copy_of_the_logits():
     """What is saved for the backward pass besides the logits themselves: two numbers a token."""
-    logits, labels, saved = (
-        torch.randn(64, 5000, requires_grad=True),
-        torch.randint(0, 5000, (64,)),
-        [],
-    )
+    logits = torch.randn(64, 5000, requires_grad=True)
+    labels = torch.randint(0, 5000, (64,))
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         token_logps(logits, labels)
         ours = {x.data_ptr(): x.numel() for x in saved}
@@ -177,18 +175,15 @@ def test_token_logps_keep_no_second_copy_of_the_logits():
         logits.log_softmax(-1).gather(-1, labels[:, None])
         plain = {x.data_ptr(): x.numel() for x in saved}
     assert sum(ours.values()) - ours[logits.data_ptr()] == 2 * 64
-    assert (
-        sum(plain.values()) >= logits.numel() and logits.data_ptr() not in plain
-    )  # control: log_softmax keeps a copy
+    # control: log_softmax keeps a copy
+    assert sum(plain.values()) >= logits.numel() and logits.data_ptr() not in plain
 
 
 def test_bins_of_a_few_sizes():
     """Of any sizes: tests/test_fuzz.py."""
-    assert (
-        share([1] * 8, 4) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-        and share([9, 1], 4) == [[0], [1]]
-        and share([3], 9, 2) == [[0], []]
-    )
+    assert balanced_bins([1] * 8, 4) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert balanced_bins([9, 1], 4) == [[0], [1]]
+    assert balanced_bins([3], 9, 2) == [[0], []]
 
 
 def test_an_exported_model_does_not_ask_for_packed_attention(played):

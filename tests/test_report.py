@@ -15,9 +15,9 @@ import pytest
 from conftest import MICRO, REPO, shell
 
 from spin import report
-from spin.data import read_jsonl, write_jsonl
-from spin.metrics import signs_of_trouble
+from spin.files import read_jsonl, write_jsonl
 from spin.pictures import STYLES, Line, draw_lines
+from spin.signs import signs_of_trouble
 
 SVG = "{http://www.w3.org/2000/svg}"
 INLINE = "data:image/svg+xml;base64,"
@@ -119,42 +119,30 @@ def healthy(played):
     figures = json.loads((played / "iter0" / "eval.json").read_text())
     spin = [{**figures, "mean_length": 5.0, "eos_rate": 1.0} for _ in range(3)]
     step = {"loss": 0.5, "logratio_real": 1.0, "length_real": 5.0}
-    return {"recipe": {"ell": "logistic"}, "spin": spin, "sft": []}, [
-        [dict(step) for _ in range(20)] for _ in range(2)
-    ]
+    steps = [[dict(step) for _ in range(20)] for _ in range(2)]
+    return {"recipe": {"ell": "logistic"}, "spin": spin, "sft": []}, steps
 
 
-@pytest.mark.parametrize(
-    "harm, word",
-    [
-        (
-            lambda summary, steps: [s.update(loss=0.69) for s in steps[1]],
-            "Iteration 1: the loss ended at 0.690",
-        ),
-        (
-            lambda summary, steps: (
-                [s.update(loss=1.01) for s in steps[0]] + [summary["recipe"].update(ell="hinge")]
-            ),
-            "Iteration 0: the loss",
-        ),
-        (
-            lambda summary, steps: [s.update(logratio_real=-3.0) for s in steps[0]],
-            "less likely, by 3.00 nats",
-        ),
-        (
-            lambda summary, steps: summary["spin"][2].update(mean_length=8.0),
-            "θ_2: its answers have 8.0 tokens",
-        ),
-        (
-            lambda summary, steps: summary["spin"][1].update(mean_length=2.0),
-            "θ_1: its answers have 2.0 tokens",
-        ),
-        (
-            lambda summary, steps: summary["spin"][0].update(eos_rate=0.6),
-            "θ_0: 40% of its answers were cut off",
-        ),
-    ],
-)
+def every(rows: list[dict], **values):
+    """Give all rows these values."""
+    for row in rows:
+        row.update(values)
+
+
+HARMS = [
+    (lambda _, steps: every(steps[1], loss=0.69), "Iteration 1: the loss ended at 0.690"),
+    (
+        lambda run, steps: (run["recipe"].update(ell="hinge"), every(steps[0], loss=1.01)),
+        "Iteration 0: the loss",
+    ),
+    (lambda _, steps: every(steps[0], logratio_real=-3.0), "less likely, by 3.00 nats"),
+    (lambda run, _: run["spin"][2].update(mean_length=8.0), "θ_2: its answers have 8.0 tokens"),
+    (lambda run, _: run["spin"][1].update(mean_length=2.0), "θ_1: its answers have 2.0 tokens"),
+    (lambda run, _: run["spin"][0].update(eos_rate=0.6), "θ_0: 40% of its answers were cut off"),
+]
+
+
+@pytest.mark.parametrize("harm, word", HARMS)
 def test_the_report_warns_in_words_of_what_is_known_to_go_wrong(harm, word, played):
     assert signs_of_trouble(*healthy(played)) == []  # control
     summary, steps = healthy(played)
@@ -166,20 +154,14 @@ def test_the_report_warns_in_words_of_what_is_known_to_go_wrong(harm, word, play
 
 def test_the_report_puts_benchmarks_beside_the_papers(played, tmp_path):
     run = shutil.copytree(played, tmp_path / "run")
-    found = {
-        "arc_challenge": {"shots": 25, "n": 12, "figures": {"acc_norm,none": [0.4321, 0.0123]}}
-    }
-    (run / "iter1" / "benchmarks.json").write_text(
-        json.dumps({"model": "m", "limit": None, "tasks": found})
-    )
+    figures = {"acc_norm,none": [0.4321, 0.0123]}
+    found = {"arc_challenge": {"shots": 25, "n": 12, "figures": figures}}
+    written = {"model": "m", "limit": None, "tasks": found}
+    (run / "iter1" / "benchmarks.json").write_text(json.dumps(written))
     report.main([*MICRO, "--run", str(run)])
     page = (run / "report.html").read_text()
-    assert (
-        "43.21&nbsp;<small>± 1.23" in page
-        and "θ_2 SPIN" in page
-        and "63.16" in page
-        and "weighted by subject" in page
-    )
+    assert "43.21&nbsp;<small>± 1.23" in page and "θ_2 SPIN" in page
+    assert "63.16" in page and "weighted by subject" in page
     assert json.loads((run / "summary.json").read_text())["benchmarks"] == {"θ_2 SPIN": found}
 
 
