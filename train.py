@@ -94,8 +94,8 @@ def train(model, optimizer, pairs, opponent, recipe, iteration, world):
     ell = recipe.ell
     steps = all_batches(len(pairs), recipe, iteration.t)
     done = checkpoint.load_checkpoint(iteration, model, optimizer)
-    log = step_log(iteration, opponent, recipe, done, len(steps), world)
     with catch_sigterm() as sigterm:
+        log = step_log(iteration, opponent, recipe, done, len(steps), world)
         for step in range(done, len(steps)):
             rate = learning_rate(step, len(steps), recipe.lr, recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
@@ -207,11 +207,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 def step_log(iteration, opponent, recipe, done, steps, world):
     """A function that logs a step: a line of metrics.jsonl, the progress bar, a warning once."""
-    name = f"{recipe.objective} {iteration.t}"
-    bar = tqdm(desc=name, unit="step", initial=done, total=steps, disable=world.rank > 0)
     path = iteration.folder / "metrics.jsonl"
     if world.rank == 0:
         checkpoint.cut_metrics(path, done)
+    name = f"{recipe.objective} {iteration.t}"
+    bar = tqdm(desc=name, unit="step", initial=done, total=steps, disable=world.rank > 0)
+    bar.leave = False  # it is not drawn again below the line that says what ended it
     rows = []
     begun = time.perf_counter()
 
@@ -225,8 +226,9 @@ def step_log(iteration, opponent, recipe, done, steps, world):
         rows.append(row)
         if world.rank == 0:
             append_jsonl(path, row)
-            signs.warn(signs.new_collapse(rows))
-        bar.set_postfix_str(metrics.in_short(row))
+            signs.warn(signs.new_collapse(rows, iteration.t))
+        bar.leave = step + 1 == steps
+        bar.set_postfix_str(metrics.in_short(row), refresh=False)
         bar.update()
 
     return log

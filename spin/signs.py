@@ -31,11 +31,12 @@ def ended_alike(rows) -> str | None:
     return None
 
 
-def new_collapse(rows) -> str | None:
-    """all_less_likely of the latest five rows, where it was never to be said of earlier ones."""
+def new_collapse(rows, t: int) -> str | None:
+    """all_less_likely of the latest five rows of iteration t, where it was never to be said of
+    earlier ones."""
     found = all_less_likely(rows[-5:])
     if found and not any(all_less_likely(rows[i : i + 5]) for i in range(len(rows) - 5)):
-        return f"step {rows[-1]['step']}: {found}"
+        return f"step {rows[-1]['step']} of iteration {t}: {found}"
     return None
 
 

@@ -1,13 +1,12 @@
-"""evaluate.py and run_iterations.sh: the figures against oracles, and the whole loop."""
+"""evaluate.py: the figures against oracles."""
 
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, THETA0, shell, torchrun
+from conftest import MICRO, THETA0, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -115,66 +114,3 @@ def test_a_one_off_evaluation_leaves_no_run_behind(tmp_path, capsys):
 def test_flags_that_do_not_go_together_are_refused(flags, word, tmp_path, refused):
     assert word in refused(lambda: evaluate.main([*MICRO, "--run", str(tmp_path / "run"), *flags]))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_whole_loop_on_one_command_and_again_does_nothing(tmp_path):
-    command = ["bash", "run_iterations.sh", "demo", "--run", tmp_path / "run", *MICRO[2:]]
-    command += ["--sft-baseline", "--iterations", "2"]
-    done = shell(*command)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (
-        len(summary["spin"]) == len(summary["sft"]) == 3
-    )  # θ_0, θ_1, θ_2; the baseline is part of the demo
-    assert "generate 0" in done.stderr and "spin 1" in done.stderr  # progress bars
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    again = shell(*command)
-    assert again.returncode == 0 and "nothing to do" in again.stdout
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
-    report, left = tmp_path / "run" / "report.html", tmp_path / "run" / "iter1" / "checkpoint"
-    os.utime(
-        tmp_path / "run" / "iter1" / "eval.json"
-    )  # as if a kill had come before the report was made,
-    assert "report.html" in shell(*command).stdout and report.stat().st_mtime_ns > before[report]
-    left.mkdir()  # or before this was cleared away
-    assert shell(*command).returncode == 0 and not left.exists()
-
-
-@pytest.mark.parametrize("gpus", [0, 4])
-def test_the_paper_recipe_without_enough_gpus_stops_with_one_line_that_names_the_demo(
-    gpus, tmp_path
-):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text(
-        f"#!/bin/sh\nfor i in $(seq {gpus}); do echo GPU $i: NVIDIA A100-SXM4-80GB; done\n"
-    )
-    fake.chmod(0o755)
-    done = shell(
-        "bash",
-        "run_iterations.sh",
-        "--run",
-        tmp_path / "run",
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    (line,) = done.stderr.strip().splitlines()
-    assert (
-        line.startswith("error: the paper recipe needs 8 GPUs")
-        and f"found {gpus}" in line
-        and "demo" in line
-    )
-
-
-def test_with_gpus_the_stages_are_launched_by_torchrun_with_one_rank_a_gpu(tmp_path):
-    """A node whose nvidia-smi lists two GPUs; the ranks find no CUDA here and run on the CPU."""
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: x'\necho 'GPU 1: x'\n")
-    fake.chmod(0o755)
-    command = ["bash", "run_iterations.sh", "demo", "--run", tmp_path / "run", *MICRO[2:]]
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    env = {"PATH": path, "CUDA_VISIBLE_DEVICES": "-1,-1"}
-    done = shell(*command, "--iterations", "1", env=env)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "iter0" / "model").is_dir() and (
-        tmp_path / "run" / "report.html"
-    ).exists()

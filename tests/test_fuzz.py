@@ -165,14 +165,13 @@ def test_a_packed_row_falls_apart_into_its_sequences(rows):
     ranks=st.integers(1, 9),
     batch=st.integers(1, 70),
     budget=st.integers(1, 900),
-    seed=st.integers(0, 2**40),
-    t=st.integers(0, 5),
-    epoch=st.integers(0, 3),
+    order=st.tuples(st.integers(0, 2**40), st.integers(0, 5), st.integers(0, 3)),
     sft=st.booleans(),
 )
 def test_every_pair_is_trained_on_once_an_epoch_and_every_rank_makes_as_many_passes(
-    lengths, ranks, batch, budget, seed, t, epoch, sft
+    lengths, ranks, batch, budget, order, sft
 ):
+    seed, t, epoch = order
     pairs = [
         {"real": ([0] * real, 0), "generated": ([0] * generated, 0), "index": i}
         for i, (real, generated) in enumerate(lengths)
