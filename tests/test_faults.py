@@ -64,7 +64,7 @@ def wait_for(process, *paths):
     assert process.poll() is None
 
 
-def test_sigterm_makes_training_checkpoint_after_its_step_and_the_same_command_ends_with_the_same_bytes(
+def test_sigterm_makes_training_checkpoint_after_its_step_and_the_end_is_the_same_bytes(
     played, tmp_path
 ):
     run = fresh(played, tmp_path)

@@ -142,7 +142,7 @@ def test_logits_are_computed_for_response_tokens_only(model, sequences):
     assert seen[0][1] == sum(sum(mask) for _, mask in sequences) < input_ids.shape[1]
 
 
-def test_the_first_gradient_of_spin_is_half_lambda_of_the_sft_gradient_less_the_score_of_the_generated(
+def test_the_first_gradient_of_spin_is_half_lambda_times_sfts_less_the_score_of_the_generated(
     model, sequences
 ):
     """At θ = θ_t, ∇L = −λ/2 (∇log p(y|x) − ∇log p(y'|x)) for the logistic ℓ."""

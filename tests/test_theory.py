@@ -67,9 +67,7 @@ def test_the_world_is_exact_the_responses_are_all_there_are_and_their_probabilit
 
 @pytest.mark.parametrize("ell", ELL)
 @pytest.mark.parametrize("lam", [0.1, 1.0, 5.0])
-def test_if_the_opponent_is_the_data_the_gradient_vanishes_the_loss_is_ell_of_0_and_nothing_is_lower(
-    ell, lam
-):
+def test_if_the_opponent_is_the_data_the_gradient_vanishes_and_nothing_is_below_ell_of_0(ell, lam):
     def loss_and_slope(opponent):
         logits = opponent.clone().requires_grad_()
         loss = expected_loss(logits.log_softmax(-1), opponent, DATA, lam, ell)
@@ -85,7 +83,7 @@ def test_if_the_opponent_is_the_data_the_gradient_vanishes_the_loss_is_ell_of_0_
 
 
 @pytest.mark.parametrize("ell", ELL)
-def test_if_the_opponent_is_not_the_data_the_slope_in_lambda_is_ells_slope_times_both_kls_and_some_lambda_gains(
+def test_if_the_opponent_is_not_the_data_the_slope_is_ells_times_both_kls_and_some_lambda_gains(
     ell,
 ):
     def g(lam):  # g(λ) of the proof: the policy is p_data
@@ -104,7 +102,7 @@ def test_if_the_opponent_is_not_the_data_the_slope_in_lambda_is_ells_slope_times
 
 
 @pytest.mark.parametrize("lam", LAMBDAS)
-def test_the_exact_minimiser_is_the_opponent_times_the_ratio_to_the_power_one_over_lambda_normalised(
+def test_the_exact_minimiser_is_the_opponent_times_the_ratio_to_the_power_one_over_lambda(
     lam,
 ):
     found = best_response(START, DATA, lam)
@@ -155,7 +153,7 @@ def test_the_minimum_over_free_f_is_log_2_minus_jsd_reached_at_the_log_ratio_plu
 
 
 @pytest.mark.parametrize("lam", LAMBDAS)
-def test_the_ideal_opponent_is_the_opponent_times_exp_of_f_over_lambda_and_it_is_the_trained_policy_itself(
+def test_the_ideal_opponent_is_the_opponent_times_exp_of_f_over_lambda_and_the_trained_policy(
     lam,
 ):
     def objective(p, f):  # Eq. (4.3)
@@ -185,7 +183,7 @@ def test_the_ideal_opponent_is_the_opponent_times_exp_of_f_over_lambda_and_it_is
 
 
 @pytest.mark.parametrize("lam", [0.1, 1.0])
-def test_the_first_expected_spin_gradient_is_lambda_half_times_the_sft_gradient_if_y_is_sampled_exactly(
+def test_the_first_expected_spin_gradient_is_lambda_half_times_sfts_if_y_is_sampled_exactly(
     model, lam
 ):
     table = tabulate(model).detach()
@@ -230,7 +228,7 @@ def gradients_of_pairs(model, few, lam) -> torch.Tensor:
     return torch.stack(gradients)
 
 
-def test_the_generated_response_adds_lambda_squared_over_4_times_its_mean_square_score_and_it_falls_as_one_over_batch(
+def test_the_generated_response_adds_noise_of_lambda_squared_over_4_that_falls_with_the_batch(
     model,
 ):
     lam = 0.7
@@ -268,7 +266,7 @@ def test_the_generated_response_adds_lambda_squared_over_4_times_its_mean_square
 # ---- 6: whole iterations ----
 
 
-def test_trained_to_the_optimum_the_log_ratio_to_the_data_shrinks_by_1_minus_1_over_lambda_an_iteration():
+def test_trained_to_the_optimum_the_log_ratio_to_the_data_shrinks_by_1_minus_1_over_lambda():
     """From Theorem 5.4.
 
     λ > 1/2 converges, λ = 1 at once; λ < 1 overshoots, λ = 1/2 swings for ever, less diverges."""
@@ -294,7 +292,7 @@ def test_trained_to_the_optimum_the_log_ratio_to_the_data_shrinks_by_1_minus_1_o
     assert curves[0.4][3] > curves[0.4][0]
 
 
-def test_in_few_steps_a_small_lambda_overshoots_a_large_one_crawls_and_sft_is_ahead_while_it_has_not_saturated():
+def test_in_few_steps_a_small_lambda_overshoots_a_large_one_crawls_and_sft_is_ahead():
     small, middle, large, sft = (few_steps(0, DATA, lam) for lam in (0.1, 1.0, 5.0, None))
     assert small[-1] > small[0] and all(a > b for a, b in itertools.pairwise(large))
     assert sft[-1] < middle[-1] < large[-1] < large[0]
@@ -304,7 +302,7 @@ def test_in_few_steps_a_small_lambda_overshoots_a_large_one_crawls_and_sft_is_ah
 
 
 @pytest.mark.parametrize("ell", ELL)
-def test_every_ell_is_convex_decreasing_and_has_the_slope_at_0_that_autograd_and_finite_differences_give(
+def test_every_ell_is_convex_and_decreasing_with_the_slope_at_0_that_differences_give(
     ell,
 ):
     t = torch.linspace(-3, 3, 601, dtype=torch.float64, requires_grad=True)
@@ -320,7 +318,7 @@ def test_every_ell_is_convex_decreasing_and_has_the_slope_at_0_that_autograd_and
 
 @pytest.mark.parametrize("ell", ELL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_ell_is_finite_with_finite_gradient_for_margins_of_10000_but_the_exponential_which_overflows_at_88(
+def test_every_ell_is_finite_for_margins_of_10000_but_the_exponential_which_overflows_at_88(
     ell, dtype
 ):
     zero = torch.zeros(2, dtype=dtype)

@@ -77,7 +77,7 @@ def test_dropout_is_off_while_scoring_and_training(played, tmp_path):
     assert not torch.equal(wet(ids).logits, wet(ids).logits)
 
 
-def test_in_bf16_the_first_margin_is_zero_as_well_for_the_opponent_was_scored_in_the_same_micro_batches(
+def test_in_bf16_the_first_margin_is_zero_too_for_the_opponent_saw_the_same_micro_batches(
     played, tmp_path
 ):
     run = fresh(played, tmp_path)
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(
                 assert not torch.allclose(sequence_logps(other, *batch), wanted, atol=1e-4)
 
 
-def test_after_the_opponents_pass_the_model_is_sharded_again_and_training_moves_what_the_optimizer_holds(
+def test_after_the_opponents_pass_the_model_is_sharded_again_and_training_moves_its_weights(
     played, tmp_path, monkeypatch
 ):
     """FSDP2 leaves the root unsharded after a pass without gradient; an update would then miss the
@@ -208,7 +208,7 @@ def moved(played):
     return distance(played / "iter0", THETA0.parent, "theta0")
 
 
-def test_every_pair_is_seen_once_an_epoch_on_any_number_of_ranks_and_every_rank_makes_as_many_passes():
+def test_every_pair_is_seen_once_an_epoch_on_any_number_of_ranks_with_as_many_passes_each():
     pairs = []
     for i in range(29):
         real = list(range(1 + i * i % 17))
