@@ -1,23 +1,14 @@
 """What an iteration leaves: the opponent's scores, checkpoints to resume from, and θ_{t+1}.
-
 Scores and checkpoints are used again only where they are made from the same starting model, pairs
-and recipe (Iteration.made_from). Everything appears whole, or not at all.
-"""
+and recipe (Iteration.made_from). Everything appears whole, or not at all."""
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 
 from spin.distributed import World, barrier, first_cause
 from spin.files import fail, read_json, read_jsonl, write_json, write_jsonl, write_whole
@@ -34,19 +25,14 @@ def read_scores(iteration: Iteration, pairs) -> torch.Tensor | None:
     anew = f"delete {path}, {key} and {checkpoint} to start anew"
     if not path.exists() or read_json(key, anew) != iteration.made_from:
         if latest_step(iteration):
-            fail(
-                f"the opponent's scores of {checkpoint} are missing from {iteration.folder}: "
-                "delete the checkpoint to start anew"
-            )
+            missing = f"the opponent's scores of {checkpoint} are missing from {iteration.folder}"
+            fail(f"{missing}: delete the checkpoint to start anew")
         return None
-    rows = read_jsonl(path)
-    found = {(r["iter"], r["id"]): (r["logp_real"], r["logp_generated"]) for r in rows}
+    found = {(r["iter"], r["id"]): (r["logp_real"], r["logp_generated"]) for r in read_jsonl(path)}
     wanted = [(pair["iter"], pair["id"]) for pair in pairs]
     if set(found) != set(wanted):
-        fail(
-            f"{path} does not score this iteration's pairs: "
-            f"delete {path.parent} but generated.jsonl, to start it anew"
-        )
+        mend = f"delete {path.parent} but generated.jsonl, to start it anew"
+        fail(f"{path} does not score this iteration's pairs: {mend}")
     return torch.tensor([found[one] for one in wanted], dtype=torch.float64)
 
 
@@ -56,10 +42,9 @@ def write_scores(iteration: Iteration, pairs, scores: torch.Tensor):
     named = [(pair["iter"], pair["id"]) for pair in pairs]
     bad = [named[i] for i in (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()]
     if bad:
-        fail(
-            f"the opponent's log-probabilities of {len(bad)} pairs are NaN or infinite, "
-            f"(iter, id): {bad[:5]}; none were kept; look at these pairs, or try --dtype fp32"
-        )
+        found = f"{len(bad)} pairs are NaN or infinite, (iter, id): {bad[:5]}"
+        mend = "none were kept; look at these pairs, or try --dtype fp32"
+        fail(f"the opponent's log-probabilities of {found}; {mend}")
     if int(os.environ.get("RANK", 0)) != 0:
         return
     path = iteration.folder / "opponent.jsonl"
@@ -72,11 +57,10 @@ def write_scores(iteration: Iteration, pairs, scores: torch.Tensor):
 
 
 def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: World):
-    """checkpoint/{step}: sharded weights, optimizer state, what they are made from. It appears
-    whole; then the older ones go."""
+    """checkpoint/{step}, whole: sharded weights, optimizer, made_from. Then the older ones go."""
     folder = iteration.folder / "checkpoint"
     part = folder / f"{step}.part"
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = states.get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
     if world.rank == 0:
         write_json(part / "made_from.json", iteration.made_from)
@@ -89,8 +73,7 @@ def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: Wo
 
 
 def latest_step(iteration: Iteration) -> int:
-    """How many steps the newest checkpoint holds; 0 where there is none. Refuses one that was made
-    from other pairs or another start."""
+    """Steps that the newest checkpoint holds, or 0; refuses one of other pairs or another start."""
     folder = iteration.folder / "checkpoint"
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     if not steps:
@@ -108,17 +91,15 @@ def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
     step = latest_step(iteration)
     if step:
         folder = iteration.folder / "checkpoint"
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = states.get_state_dict(model, optimizer)
         try:
-            state = {"model": weights, "optimizer": moments}
-            dcp.load(state, checkpoint_id=folder / str(step))
-        except (OSError, ValueError, CheckpointException) as problem:
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder / str(step))
+        except (OSError, ValueError, dcp.CheckpointException) as problem:
             cause = first_cause(problem)
-            fail(
-                f"{folder / str(step)} is damaged ({type(cause).__name__}: {str(cause)[:200]}): "
-                f"delete {folder} to start this iteration anew"
-            )
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            mend = f"delete {folder} to start this iteration anew"
+            found = f"{type(cause).__name__}: {str(cause)[:200]}"
+            fail(f"{folder / str(step)} is damaged ({found}): {mend}")
+        states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return step
 
 
@@ -127,22 +108,19 @@ def cut_metrics(path: Path, done: int):
     ones, or half of one. Refuses a file that has fewer."""
     lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() and done else []
     if len(lines) < done or not "".join(lines[-1:]).endswith("\n" * bool(done)):
-        fail(
-            f"{path} is damaged, it has less than the {done} steps of "
-            f"{path.with_name('checkpoint')}: restore it, or delete the checkpoint to start this "
-            "iteration anew"
-        )
+        mend = "restore it, or delete the checkpoint to start this iteration anew"
+        steps = f"the {done} steps of {path.with_name('checkpoint')}"
+        fail(f"{path} is damaged, it has less than {steps}: {mend}")
     write_whole(path, lines)
 
 
 def export(model, tokenizer, folder: Path, world: World):
-    """θ_{t+1} as a transformers folder, in fp32: bf16 would round away what an iteration changed.
-    It appears whole. files.json beside it holds the sizes of all that the training leaves, by which
-    spin/checks.py tells a damaged file later."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    second = second_names(model)
-    weights = {name: w for name, w in weights.items() if name not in second}
+    """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
+    files.json beside it: sizes of all that training leaves; spin/checks.py tells damage by them."""
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = states.get_model_state_dict(model, options=options)
+    for second in second_names(model):
+        weights.pop(second, None)
     if world.rank == 0:
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -151,15 +129,14 @@ def export(model, tokenizer, folder: Path, world: World):
             tokenizer.save_pretrained(part)
         except Exception as problem:  # Rust's OSError is none
             raise OSError(problem) from None
-        for path in part.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # before the checkpoint goes
         sizes = {}
         for path in sorted(part.iterdir()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # before the checkpoint goes
             sizes[f"{folder.name}/{path.name}"] = path.stat().st_size
-        for name in LOGS:
-            with contextlib.suppress(FileNotFoundError):
-                sizes[name] = folder.with_name(name).stat().st_size
+        for log in map(folder.with_name, LOGS):
+            if log.exists():
+                sizes[log.name] = log.stat().st_size
         write_json(folder.with_name("files.json"), sizes, indent=1)
         part.rename(folder)
     barrier()

@@ -6,8 +6,7 @@ number of its lines, by its size (files.json), by the header of safetensors, or 
 model that made it (recipe.json, generated.json). docs/troubleshooting.md lists the messages.
 
 run_iterations.sh asks, before anything else:
-    python -m spin.checks --recipe demo      prints run directory, iterations, baseline
-"""
+    python -m spin.checks --recipe demo      prints run directory, iterations, baseline"""
 
 import hashlib
 import json
@@ -51,10 +50,8 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str])
     sampled = iteration_folder(run, t) / "generated.json"
     made_by = read_json(sampled, RESTORE).get("model", hash_of_start)
     if recipe.objective == "spin" and made_by != hash_of_start:
-        fail(
-            f"{sampled}l was sampled from another theta_{t} than {start}: "
-            f"delete it and {sampled} and run generate.py again"
-        )
+        mend = f"delete it and {sampled} and run generate.py again"
+        fail(f"{sampled}l was sampled from another theta_{t} than {start}: {mend}")
     tokenizer, vocabulary = load_tokenizer(start, recipe)
     for s, path in answers_of(recipe, run, t):
         rows = sampled_rows(path, s, vocabulary, tokenizer.eos_token_id)
@@ -64,11 +61,8 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str])
 def before_evaluating(recipe: Recipe, run: Path, t: int | None):
     """The run is whole and this recipe's; θ_{t+1} and its opponent θ_t are there. None: θ_0."""
     run_directory(recipe, run)
-    if t is None:
-        theta(recipe, run, 0)
-    else:
-        theta(recipe, run, t + 1, recipe.objective)
-        theta(recipe, run, t, recipe.objective)
+    for number in (0,) if t is None else (t + 1, t):
+        theta(recipe, run, number, recipe.objective)
 
 
 def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
@@ -80,78 +74,64 @@ def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
     if not flags.any():
         return
     named = zip(("the loss", "the gradient", "a weight"), flags, strict=True)
-    what, ranks = next((what, ranks) for what, ranks in named if ranks.any())
-    names = _guilty_pairs(passes, pairs)
+    what, where = next((what, where) for what, where in named if where.any())
+    ranks = ", ".join(map(str, where.nonzero().flatten().tolist()))
+    # the pairs whose own loss is not finite, on any rank; else all of the step
+    seen = torch.zeros(len(pairs))
+    guilty = torch.zeros(len(pairs))
+    for rows, weight, losses, _ in passes:
+        mine = [row["index"] for row in rows]
+        seen[mine] += weight
+        guilty[mine] += weight * (~losses.isfinite()).float().cpu()
+    chosen = guilty if sum_over_ranks(guilty).any() else sum_over_ranks(seen)
+    names = [(pairs[i]["iter"], pairs[i]["id"]) for i in chosen.nonzero().flatten().tolist()]
+    some = ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
     kept = f"the last good checkpoint is in {iteration.folder / 'checkpoint'}"
     if not (iteration.folder / "checkpoint").exists():
         kept = "there was no checkpoint yet"
     print(file=sys.stderr)  # the progress bar has left its line open
     fail(
-        f"step {step} of iteration {iteration.t}: {what} is NaN or infinite, on rank "
-        f"{', '.join(map(str, ranks.nonzero().flatten().tolist()))}; "
-        f"{len(names)} pairs (iter, id): {', '.join(map(str, names[:5]))}"
-        f"{', …' if len(names) > 5 else ''}; nothing of this step was saved, {kept}; look at "
-        "these pairs, or start another --run with a lower --lr"
+        f"step {step} of iteration {iteration.t}: {what} is NaN or infinite, on rank {ranks}; "
+        f"{len(names)} pairs (iter, id): {some}; nothing of this step was saved, {kept}; "
+        "look at these pairs, or start another --run with a lower --lr"
     )
-
-
-def _guilty_pairs(passes, pairs) -> list[tuple[int, int]]:
-    """(iter, id) of the pairs whose own loss is not finite, on any rank; else all of the step."""
-    seen = torch.zeros(len(pairs))
-    guilty = torch.zeros(len(pairs))
-    for rows, weight, losses, _ in passes:
-        where = [row["index"] for row in rows]
-        seen[where] += weight
-        guilty[where] += weight * (~losses.isfinite()).float().cpu()
-    chosen = guilty if sum_over_ranks(guilty).any() else sum_over_ranks(seen)
-    return [(pairs[i]["iter"], pairs[i]["id"]) for i in chosen.nonzero().flatten().tolist()]
 
 
 def run_directory(recipe: Recipe, run: Path):
     """Refuse a run directory made with another recipe, or damaged."""
-    path = run / "recipe.json"
     there = next(folder for folder in (run, *run.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         kind = "read-only" if there.is_dir() else "a file"
         fail(f"--run {run}: {there} is {kind}; a directory that can be written to is wanted")
     check_run_files(run)
+    path = run / "recipe.json"
     if not path.exists():
         return
     saved = read_json(path, RESTORE)
     unknown = (set(saved) ^ set(vars(recipe))) - {"theta_0"}
     if unknown:
-        fail(
-            f"{path} was written by another version (knobs {', '.join(sorted(unknown))}); "
-            "choose another --run"
-        )
+        knobs = ", ".join(sorted(unknown))
+        fail(f"{path} was written by another version (knobs {knobs}); choose another --run")
     asked = {name: value for name, value in fixed_knobs(recipe).items() if saved[name] != value}
     other = [f"{name}: {saved[name]!r} there, {value!r} asked" for name, value in asked.items()]
     if other:
-        fail(
-            f"{run} holds a run of another recipe ({'; '.join(other)}); "
-            "give the same flags, or another --run"
-        )
+        mend = "give the same flags, or another --run"
+        fail(f"{run} holds a run of another recipe ({'; '.join(other)}); {mend}")
 
 
 def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
     """Where θ_t lies; refuses one that is missing, damaged, or not the run's own θ_0."""
     name = starting_model(recipe, run, t, objective)
-    if t == 0:
-        model_folder(recipe.model)
-        began_with = read_json(run / "recipe.json", RESTORE).get("theta_0")
-        if began_with not in (None, hash_of_model(name, recipe.revision)):
-            fail(
-                f"the weights in {name} are not those that {run} began with: "
-                "restore them, or choose another --run"
-            )
-        return name
-    if not Path(name).is_dir():
+    if t > 0 and not Path(name).is_dir():
         sft = " --objective sft" if objective == "sft" else ""
-        fail(
-            f"theta_{t} is missing: {name} is made by train.py --iter {t - 1}{sft}, "
-            "which has not finished"
-        )
-    return model_folder(name)
+        maker = f"train.py --iter {t - 1}{sft}"
+        fail(f"theta_{t} is missing: {name} is made by {maker}, which has not finished")
+    model_folder(name)
+    began_with = read_json(run / "recipe.json", RESTORE).get("theta_0")
+    if t == 0 and began_with not in (None, hash_of_model(name, recipe.revision)):
+        mend = "restore them, or choose another --run"
+        fail(f"the weights in {name} are not those that {run} began with: {mend}")
+    return name
 
 
 def model_folder(name: str) -> str:
@@ -161,10 +141,8 @@ def model_folder(name: str) -> str:
     if folder.exists() and not (folder / "config.json").is_file():
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        fail(
-            f"no model at {name}: --model wants a transformers folder or a hub id "
-            f"such as {Recipe.model}"
-        )
+        wanted = f"a transformers folder or a hub id such as {Recipe.model}"
+        fail(f"no model at {name}: --model wants {wanted}")
     check_weights(folder)
     return name
 
@@ -172,18 +150,15 @@ def model_folder(name: str) -> str:
 def same_prompts(path: Path, pairs, source) -> str:
     """The text of RUN/prompts.json: number and hash of the prompts and human answers in source.
     Refuses pairs of others than the file there holds."""
-    number = 0
-    total = 0
-    for number, pair in enumerate(pairs, 1):  # noqa: B007 – their number is wanted after the loop
+    hashes = []
+    for pair in pairs:
         text = json.dumps([pair.get(name) for name in ("id", "system", "prompt", "real")])
-        # hashes are added up, so that the order does not matter
-        total += int.from_bytes(hashlib.sha256(text.encode()).digest())
-    mine = json.dumps({"prompts": number, "sha256": f"{total % 2**256:064x}"}) + "\n"
+        hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()))
+    total = sum(hashes) % 2**256  # a sum, so that the order does not matter
+    mine = json.dumps({"prompts": len(hashes), "sha256": f"{total:064x}"}) + "\n"
     if path.exists() and path.read_bytes() != mine.encode():
-        fail(
-            f"{number} pairs in {source} that are not those of {path}: it has changed since the "
-            "run began; restore it, or choose another --run"
-        )
+        other = f"{len(hashes)} pairs in {source} that are not those of {path}"
+        fail(f"{other}: it has changed since the run began; {RESTORE}")
     return mine
 
 

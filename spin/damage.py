@@ -7,7 +7,7 @@ from spin.data import to_pair
 from spin.files import fail, read_json, read_jsonl, weight_files
 from spin.run import LOGS, SHOWN, hash_of_model
 
-COPY_AGAIN = "copy or download it again"
+MEND = "copy or download it again"
 
 
 def check_lines(path: Path, wanted: int | None, mend: str):
@@ -34,38 +34,42 @@ def check_weights(folder: Path):
     for path in weight_files(folder):
         size = path.stat().st_size if path.is_file() else 0
         if not size:
-            fail(f"{path} is missing, or empty: {COPY_AGAIN}")
+            fail(f"{path} is missing, or empty: {MEND}")
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             try:
                 header = json.loads(file.read(length if length < size else 0))
                 header.pop("__metadata__", None)
-                end = max([0, *(weight["data_offsets"][1] for weight in header.values())])
+                ends = [weight["data_offsets"][1] for weight in header.values()]
+                wanted = 8 + length + max([0, *ends])
             except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-                fail(f"{path} is damaged, its header cannot be read: {COPY_AGAIN}")
-        if size != 8 + length + end:
-            fail(
-                f"{path} is damaged, it has {size} bytes where its header says "
-                f"{8 + length + end}: {COPY_AGAIN}"
-            )
+                fail(f"{path} is damaged, its header cannot be read: {MEND}")
+        if size != wanted:
+            fail(f"{path} is damaged, it has {size} bytes where its header says {wanted}: {MEND}")
 
 
 def check_run_files(run: Path):
-    """Refuse a run with a finished file that was cut off or lost since. Every stage looks, before
-    it uses or writes anything."""
+    """Every stage's first look: refuse a run with a finished file that was cut off or lost."""
     restore = "restore it, or, if {} is what it was, delete it"
     prompts = read_json(run / "prompts.json", restore.format("the SFT set")).get("prompts")
     read_json(run / "heldout.json", restore.format("--eval-data"))
     for folder in [run, *run.glob("iter[0-9]*"), *run.glob("sft/iter[0-9]*")]:
         sft = " --objective sft" if folder.parent.name == "sft" else ""
-        again = "and run generate.py again"
-        read_json(
-            folder / "generated.json", f"restore it, or delete it and generated.jsonl {again}"
-        )
+        mend = "restore it, or delete it{} and run generate.py again"
+        read_json(folder / "generated.json", mend.format(" and generated.jsonl"))
         if (folder / "generated.jsonl").exists():
-            mend = f"restore it, or delete it {again}"
-            check_lines(folder / "generated.jsonl", prompts, mend)
-        _check_training(folder, sft)
+            check_lines(folder / "generated.jsonl", prompts, mend.format(""))
+        again = f"restore it, or delete all but generated.json and generated.jsonl in {folder} "
+        again += f"and run train.py{sft} again"
+        if (folder / "model").is_dir():
+            for name, size in read_json(folder / "files.json", again).items():
+                if name not in LOGS:
+                    check_size(folder / name, size, again)
+                elif (folder / name).exists():
+                    check_size(folder / name, size, "restore or delete it, it is but a log")
+        elif (folder / "opponent.jsonl").exists():
+            number = read_json(folder / "opponent.json", again).get("number")
+            check_lines(folder / "opponent.jsonl", number, again)
         again = f"run evaluate.py{sft}"
         read_json(folder / "benchmarks.json", f"delete it and {again} --tasks again")
         shown = read_json(folder / "eval.json", f"delete it and {again} again").get("n")
@@ -74,29 +78,13 @@ def check_run_files(run: Path):
             check_lines(folder / "answers.jsonl", min(SHOWN, int(shown)), mend)
 
 
-def _check_training(folder: Path, sft: str):
-    again = (
-        f"restore it, or delete all but generated.json and generated.jsonl in {folder} "
-        f"and run train.py{sft} again"
-    )
-    if (folder / "model").is_dir():
-        for name, size in read_json(folder / "files.json", again).items():
-            if name not in LOGS:
-                check_size(folder / name, size, again)
-            elif (folder / name).exists():
-                check_size(folder / name, size, "restore or delete it, it is but a log")
-    elif (folder / "opponent.jsonl").exists():
-        number = read_json(folder / "opponent.json", again).get("number")
-        check_lines(folder / "opponent.jsonl", number, again)
-
-
 def chunks_done(parts: list[Path], chunks, opponent: str, revision: str) -> set[int]:
     """The numbers of the chunks that were answered before. Refuses parts of other prompts, or of
     another model than this opponent, which generated.json beside their folder tells."""
     folder = parts[0].parent
+    again = f"delete {folder} and run this again"
     done = set()
     for k, (part, chunk) in enumerate(zip(parts, chunks, strict=True)):
-        again = f"delete {folder} and run this again"
         if part.exists():
             check_lines(part, len(chunk), again)
             if [row.get("id") for row in read_jsonl(part)] != [pair["id"] for pair in chunk]:
@@ -104,10 +92,8 @@ def chunks_done(parts: list[Path], chunks, opponent: str, revision: str) -> set[
             done.add(k)
     made_by = read_json(folder.with_name("generated.json"), "delete it").get("model")
     if done and made_by != hash_of_model(opponent, revision):
-        fail(
-            f"the answers in {folder} are not known to be those of {opponent}: "
-            "delete that folder and run this again"
-        )
+        mend = "delete that folder and run this again"
+        fail(f"the answers in {folder} are not known to be those of {opponent}: {mend}")
     return done
 
 
@@ -119,10 +105,8 @@ def sampled_rows(path: Path, t: int, vocabulary: int, eos: int):
         where = f"{path}, line {number}"
         to_pair(row, where)
         if type(row.get("id")) is not int or row.get("iter") != t:
-            fail(
-                f"{where}: id {row.get('id')!r} of iteration {row.get('iter')!r} "
-                f"in the file of iteration {t}"
-            )
+            found = f"id {row.get('id')!r} of iteration {row.get('iter')!r}"
+            fail(f"{where}: {found} in the file of iteration {t}")
         check_ids(row, where, vocabulary, eos)
         yield row
 
@@ -134,7 +118,5 @@ def check_ids(row: dict, where: str, vocabulary: int, eos: int):
     if not known or not ids:
         fail(f"{where}: generated_ids are not token ids of this model")
     if (ids[-1] == eos) != (row.get("finish") == "eos"):
-        fail(
-            f"{where}: finish is {row.get('finish')!r}, but the ids say otherwise; "
-            "they are of another tokenizer"
-        )
+        found = f"finish is {row.get('finish')!r}, but the ids say otherwise"
+        fail(f"{where}: {found}; they are of another tokenizer")

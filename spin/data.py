@@ -1,7 +1,5 @@
 """SFT sets → pairs: {"prompt", "real"}, and where a row has them "system" and "generated".
-
-An SFT set is a hub id, or a .jsonl, .json or .parquet file, in one of the shapes of SHAPES.
-"""
+An SFT set is a hub id, or a .jsonl, .json or .parquet file, in one of the shapes of SHAPES."""
 
 import json
 from pathlib import Path
@@ -38,10 +36,8 @@ def _hub_rows(source: str, split: str):
     try:
         return datasets.load_dataset(source, split=split)
     except Exception as problem:  # the hub client raises many kinds; each: it is not to be had
-        fail(
-            f"cannot load {source} (split {split}) from the hub: "
-            f"{type(problem).__name__}: {str(problem)[:200]}"
-        )
+        cause = f"{type(problem).__name__}: {str(problem)[:200]}"
+        fail(f"cannot load {source} (split {split}) from the hub: {cause}")
 
 
 def _first_round(messages) -> dict:
@@ -74,10 +70,6 @@ def _preference(row) -> dict:
     return {"prompt": row["prompt"], **answers}
 
 
-def _question(prompt: str, real: str):
-    return lambda row: {"prompt": row[prompt], "real": row[real]}
-
-
 # the fields that tell a shape -> the pair in it; the first whose fields are all there is taken
 SHAPES = {
     ("prompt", "real", "generated"): dict,  # generated.jsonl itself, or pairs as plain text
@@ -85,9 +77,9 @@ SHAPES = {
     ("prompt", "chosen", "rejected"): _preference,  # with --pairs this is DPO
     ("messages",): lambda row: _first_round(row["messages"]),  # UltraChat
     ("instruction", "output"): _alpaca,
-    ("prompt", "response"): _question("prompt", "response"),
-    ("prompt", "completion"): _question("prompt", "completion"),
-    ("question", "answer"): _question("question", "answer"),
+    ("prompt", "response"): lambda row: {"prompt": row["prompt"], "real": row["response"]},
+    ("prompt", "completion"): lambda row: {"prompt": row["prompt"], "real": row["completion"]},
+    ("question", "answer"): lambda row: {"prompt": row["question"], "real": row["answer"]},
 }
 
 
@@ -103,11 +95,8 @@ def to_pair(row: dict, where: str) -> dict:
                     pair.get(name, "").encode()  # without lone surrogates
                 return pair
             except (KeyError, TypeError, ValueError, AttributeError) as problem:
-                fail(
-                    f"{where}: the row has the shape {'/'.join(names)}, "
-                    f"but {type(problem).__name__}: {problem}"
-                )
-    fail(
-        f"{where}: unknown shape with fields {', '.join(map(str, row)) or '(none)'}; known: "
-        + "; ".join("/".join(names) for names in SHAPES)
-    )
+                cause = f"{type(problem).__name__}: {problem}"
+                fail(f"{where}: the row has the shape {'/'.join(names)}, but {cause}")
+    fields = ", ".join(map(str, row)) or "(none)"
+    known = "; ".join("/".join(names) for names in SHAPES)
+    fail(f"{where}: unknown shape with fields {fields}; known: {known}")

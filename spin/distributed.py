@@ -1,8 +1,6 @@
 """Ranks: the process group, sums over ranks, chunks of work, SIGTERM.
-
 A world of one process takes the same path as a world of 64. `python STAGE.py` is a world of one;
-`torchrun --nproc_per_node N STAGE.py` is one of N, on GPUs (nccl) or on the CPU (gloo).
-"""
+`torchrun --nproc_per_node N STAGE.py` is one of N, on GPUs (nccl) or on the CPU (gloo)."""
 
 import contextlib
 import ctypes
@@ -57,25 +55,19 @@ def process_group():
 
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        _keep_freed_memory()
+        # glibc should keep large freed blocks: returned to the kernel, they come back as zeroed
+        # pages, which costs a sixth of a step on a CPU
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        fail(
-            f"this node runs more ranks than it has GPUs ({torch.cuda.device_count()}): "
-            "lower --nproc_per_node"
-        )
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        fail(f"this node runs more ranks than it has GPUs ({gpus}): lower --nproc_per_node")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _keep_freed_memory():
-    """Ask glibc to keep large freed blocks: returned to the kernel, they come back as zeroed
-    pages, which costs a sixth of a step on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def first_cause(problem: Exception) -> Exception:
@@ -86,8 +78,7 @@ def first_cause(problem: Exception) -> Exception:
 
 @contextlib.contextmanager
 def catch_sigterm():
-    """A list that is empty until SIGTERM comes, which else ends the process: the machine will soon
-    be taken away."""
+    """A list, empty until SIGTERM comes, for the machine will be taken away: nothing else ends."""
     caught = []
     before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
     try:

@@ -1,7 +1,5 @@
 """Files: written whole or not at all, read with a line number where they are broken.
-
-And how a stage ends where something is amiss: one line that begins with `error:`, exit code 2.
-"""
+And how a stage ends where something is amiss: one line that begins with `error:`, exit code 2."""
 
 import functools
 import json
@@ -29,10 +27,8 @@ def fail(message: str):
 def fail_for_io(problem: Exception):
     """End the stage because a file cannot be read or written: a full disk, mostly."""
     print(file=sys.stderr)  # a progress bar may have left its line open
-    fail(
-        f"cannot read or write: {problem}; mend that (make room, where a disk is full), "
-        "and run the same command again: what is finished was kept"
-    )
+    mend = "mend that (make room, where a disk is full), and run the same command again"
+    fail(f"cannot read or write: {problem}; {mend}: what is finished was kept")
 
 
 def io_errors_in_one_line(main):
@@ -76,8 +72,7 @@ def append_jsonl(path: Path, row: dict):
 
 
 def read_json(path: Path, mend: str) -> dict:
-    """The object in a JSON file of the run, {} where there is no file. Refuses one that was cut
-    off, in a line that ends with `mend`."""
+    """The object in a JSON file of the run, or {}; refuses one cut off, in a line with `mend`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not isinstance(found, dict):

@@ -1,7 +1,5 @@
 """The command line of every stage: a flag for each knob of the recipe, and what its value must be.
-
-Knobs: defaults of the dataclass < the flags of RECIPES[--recipe] < flags.
-"""
+Knobs: defaults of the dataclass < the flags of RECIPES[--recipe] < flags."""
 
 import argparse
 import dataclasses
@@ -42,13 +40,18 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
     parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", dest="run", help=about)
     for name, keywords in stage_flags:
         parser.add_argument(name, **keywords)
-    for f in dataclasses.fields(Recipe):
+    fields = dataclasses.fields(Recipe)
+    for f in fields:
         _add_knob(parser, f)
     argv = sys.argv[1:] if argv is None else argv
     of_recipe = RECIPES[parser.parse_args(argv).recipe].split()
     args = parser.parse_args([*of_recipe, *argv])
     args.run = args.run or Path("runs") / args.recipe
-    recipe = _resolve(args)
+    given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
+    if "model" in given:
+        given.setdefault("revision", "")  # the recipe's revision belongs to the recipe's model
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    recipe = Recipe(**values)
     _check_values(recipe)
     if (getattr(args, "iter", None) or 0) < 0:
         fail(f"--iter must be zero or positive, got {args.iter}")
@@ -66,39 +69,21 @@ def _add_knob(parser, f: dataclasses.Field):
     parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
 
 
-def _resolve(args) -> Recipe:
-    given = {}
-    for f in dataclasses.fields(Recipe):
-        if hasattr(args, f.name):
-            value = getattr(args, f.name)
-            given[f.name] = tuple(value) if isinstance(value, list) else value
-    if "model" in given:
-        given.setdefault("revision", "")  # the recipe's revision belongs to the recipe's model
-    return Recipe(**given)
-
-
 def _check_values(recipe: Recipe):
     for f in dataclasses.fields(recipe):
-        _check_value(f, getattr(recipe, f.name))
+        name, rule = flag(f.name), f.metadata["rule"]
+        value = getattr(recipe, f.name)
+        if isinstance(value, str):
+            if value.encode(errors="replace") != value.encode(errors="surrogatepass"):
+                fail(f"{name} is not valid UTF-8, got {value!r}")
+            if value == "" and f.name != "revision":
+                fail(f"{name} must not be empty")
+        for v in value if isinstance(value, tuple) else (value,):
+            if rule and not (math.isfinite(v) and rule[1](v)):
+                fail(f"{name} {rule[0]}, got {v}")
     if recipe.template not in ("paper", "chat") and "{prompt}" not in recipe.template:
-        fail(
-            "--template must be 'paper', 'chat' or a string that holds {prompt}, "
-            f"got {recipe.template!r}"
-        )
+        wanted = "'paper', 'chat' or a string that holds {prompt}"
+        fail(f"--template must be {wanted}, got {recipe.template!r}")
     if recipe.max_new_tokens >= recipe.max_length:
-        fail(
-            f"--max-new-tokens {recipe.max_new_tokens} leaves no room for a prompt "
-            f"in --max-length {recipe.max_length}"
-        )
-
-
-def _check_value(f: dataclasses.Field, value):
-    name, rule = flag(f.name), f.metadata["rule"]
-    if isinstance(value, str):
-        if value.encode(errors="replace") != value.encode(errors="surrogatepass"):
-            fail(f"{name} is not valid UTF-8, got {value!r}")
-        if value == "" and f.name != "revision":
-            fail(f"{name} must not be empty")
-    for v in value if isinstance(value, tuple) else (value,):
-        if rule and not (math.isfinite(v) and rule[1](v)):
-            fail(f"{name} {rule[0]}, got {v}")
+        no_room = f"--max-new-tokens {recipe.max_new_tokens} leaves no room for a prompt"
+        fail(f"{no_room} in --max-length {recipe.max_length}")

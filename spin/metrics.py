@@ -14,7 +14,6 @@ MEANS = ("loss", "margin", "margin_std", "win_rate", "logratio_real", "logratio_
 
 def of_step(passes, opponent, recipe) -> dict:
     """The means of one optimizer step over the pairs of its global batch, and its tokens.
-
     passes: what this rank's micro-batches left, (rows, weight (B,), losses (B,), policy) each;
     policy (2B,) is log p_θ, the real ones first; (B,) for SFT. opponent: (N, 2), log p_θt."""
     sums = 0.0
@@ -39,8 +38,7 @@ def _per_pair(rows, losses, policy, opponent, recipe) -> dict:
         real, generated = policy.chunk(2)
         opponent_real, opponent_generated = opponent_of(rows, opponent, policy)
         margin = spin_margin(real, generated, opponent_real, opponent_generated, recipe.lam)
-        columns["margin"] = margin
-        columns["margin_std"] = margin**2
+        columns |= {"margin": margin, "margin_std": margin**2}
         columns["win_rate"] = (margin > 0) + 0.5 * (margin == 0)
         columns["logratio_real"] = real - opponent_real
         columns["logratio_generated"] = generated - opponent_generated

@@ -1,22 +1,17 @@
 """θ_t from its safetensors: whole, to sample from; or empty, and then read into the shards.
+The master weights of training are fp32; matrix products are in the compute dtype."""
 
-The master weights of training are fp32; matrix products are in the compute dtype.
-"""
-
-import contextlib
 import math
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointWrapper,
-    apply_activation_checkpointing,
-)
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrap
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import is_flash_attn_2_available
 
@@ -32,8 +27,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def attention_name(recipe, world: World) -> str:
     """transformers' name of --attention; auto is flash-attn where it can be used, else SDPA."""
-    # FlashAttention knows 16-bit numbers only
-    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16
+    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention wants it
     flash = world.device.type == "cuda" and half and is_flash_attn_2_available()
     automatic = "flash_attention_2" if flash else "sdpa"
     return automatic if recipe.attention == "auto" else recipe.attention
@@ -46,8 +40,7 @@ def revision_of(name: str, recipe) -> str | None:
 
 def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
     """A transformers model in dtype, whole, on the CPU; refused if not all of it can be loaded.
-    In eval mode, and it stays so: with dropout on, the policy before its first update would not be
-    the opponent."""
+    It stays in eval mode: with dropout the policy before its first update were not the opponent."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -64,10 +57,9 @@ def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
     # of which transformers would only warn
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:
-            fail(
-                f"the weights in {name} are not those of its config.json: "
-                f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}; copy or download it again"
-            )
+            found = f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}"
+            mend = "copy or download it again"
+            fail(f"the weights in {name} are not those of its config.json: {found}; {mend}")
     return model.eval()
 
 
@@ -76,10 +68,8 @@ def load_frozen(name: str, recipe, world: World):
     dtype = compute_dtype(recipe.dtype, world.device)
     model = load_whole(name, recipe, world, dtype).to(world.device)
     if has_nonfinite(model.parameters()):
-        fail(
-            f"the weights in {name} hold NaN or infinity: "
-            "it can be neither sampled from nor evaluated, choose another model"
-        )
+        mend = "it can be neither sampled from nor evaluated, choose another model"
+        fail(f"the weights in {name} hold NaN or infinity: {mend}")
     return model
 
 
@@ -88,14 +78,13 @@ def load_empty(name: str, recipe, world: World):
     Where the names in the files are not the modules' (transformers renames or merges weights of
     some families), or files or weights lie there that it would not read, every rank lets
     transformers read the whole model into host memory first."""
+    files = ["*.json", "model*.safetensors"]
     try:
-        revision = revision_of(name, recipe)
         if not Path(name).is_dir():
-            wanted = ["*.json", "model*.safetensors"]
-            name = snapshot_download(name, revision=revision, allow_patterns=wanted)
+            name = snapshot_download(name, revision=revision_of(name, recipe), allow_patterns=files)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         how = {"dtype": torch.float32, "attn_implementation": attention_name(recipe, world)}
-        with _parameters_on_meta():
+        with register_module_parameter_registration_hook(_on_meta):
             model = AutoModelForCausalLM.from_config(config, **how).eval()
         if (Path(name) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(name)
@@ -129,13 +118,11 @@ def blocks_of(model, recompute: bool) -> list:
     names = model._no_split_modules or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
-        fail(
-            f"{type(model).__name__} does not name its blocks (_no_split_modules): "
-            "FSDP cannot shard it block by block"
-        )
+        unnamed = f"{type(model).__name__} does not name its blocks (_no_split_modules)"
+        fail(f"{unnamed}: FSDP cannot shard it block by block")
     if recompute:
-        apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
-        blocks = [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
+        wrap.apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
+        blocks = [block for block in model.modules() if isinstance(block, wrap.CheckpointWrapper)]
     return blocks
 
 
@@ -150,22 +137,11 @@ def second_names(model) -> set[str]:
     return every - {name for name, _ in model.named_parameters()}
 
 
-@contextlib.contextmanager
-def _parameters_on_meta():
-    """Modules made inside have no memory for their parameters, but keep their buffers."""
-    register = torch.nn.Module.register_parameter
-
-    def on_meta(module, name, parameter):
-        # shared ones come a second time, and must stay one object
-        if parameter is not None and not parameter.is_meta:
-            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    torch.nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register
+def _on_meta(module, name, parameter):
+    """Modules made under this hook have no memory for their parameters, but keep their buffers."""
+    # shared ones come a second time, and must stay one object
+    if not parameter.is_meta:
+        return torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
 
 def has_nonfinite(tensors) -> bool:

@@ -4,12 +4,12 @@ Padding is waste: with lengths as in UltraChat a padded batch of pairs computes 
 as it needs. Here the sequences of a micro-batch lie one after the other in a single row; their
 positions restart, and attention stays inside each sequence. On CUDA in 16 bits that is one call of
 FlashAttention's variable-length kernel, which torch carries (torch.nn.attention.varlen);
-elsewhere only the attention itself is padded, and the large matrix products are not.
-"""
+elsewhere only the attention itself is padded, and the large matrix products are not."""
 
 import contextlib
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -19,21 +19,15 @@ from spin.files import fail
 
 
 def pack(sequences, device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """N sequences (ids, response mask) → input_ids (1, T), response_mask (1, T), their N lengths.
-
-    The lengths add up to T."""
+    """N sequences (ids, mask) → input_ids (1, T), response_mask (1, T), N lengths of sum T."""
     ids, masks = zip(*sequences, strict=True)
-    return _row(ids, device), _row(masks, device), [len(one) for one in ids]
-
-
-def _row(columns, device) -> torch.Tensor:
-    parts = [torch.as_tensor(column, dtype=torch.long) for column in columns]
-    return torch.cat(parts)[None].to(device)
+    both = np.stack([np.concatenate(ids), np.concatenate(masks)])
+    both = torch.as_tensor(both, dtype=torch.long, device=device)  # (2, T)
+    return both[:1], both[1:], [len(one) for one in ids]
 
 
 def balanced_bins(sizes: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Indices of sizes in bins of at most `budget`, or of one that is larger alone.
-
     As few and as even as may be, their number a multiple of `multiple`. Longest first, each into
     the emptiest bin. The fullest bins come first, so neighbours are alike; some may be empty."""
     total = sum(min(size, budget) for size in sizes)
@@ -65,16 +59,13 @@ def packed_attention(
     **kwargs,
 ):
     """Causal attention inside each packed sequence, in transformers' interface.
-
     query (1, H, T, D); key, value (1, H_kv, T, D); cu_seq_lens_q (N + 1,): where each sequence
     begins, and T. Returns (1, T, H, D) and no weights. Ends with one line for attention that is
     more than softmax(q k^T) v."""
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            fail(
-                f"this model's attention has {name}, which --attention auto does not know: "
-                "use --attention eager"
-            )
+            unknown = f"this model's attention has {name}, which --attention auto does not know"
+            fail(f"{unknown}: use --attention eager")
     # grouped queries: each key and value serves several heads
     groups = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(groups, 1)
@@ -85,10 +76,9 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, longest = cu_seq_lens_q, max_length_q
-        left = window - 1 if window else -1  # to the right nothing: causal
-        out = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0)
-        )
+        sides = (window - 1 if window else -1, 0)  # to the right nothing: causal
+        sizes = (bounds, bounds, longest, longest)
+        out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=sides)
     else:
         out = _padded_attention(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, window)
     return out[None], None
@@ -114,17 +104,13 @@ AttentionInterface.register("packed", packed_attention)
 
 @contextlib.contextmanager
 def packed(model, attention: str = "auto"):
-    """Inside the `with`, model(…) wants packed rows, where --attention is auto.
-
-    FlashAttention-2 of its own can do both. Ends with one line for a model whose layers pass
-    information along the row by other ways than attention."""
+    """Inside the `with`, model(…) wants packed rows, if --attention is auto; FlashAttention-2 takes
+    both. Ends with one line where layers pass on information by other ways than attention."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention"}
     if not model._supports_attention_backend or model._is_stateful or other:
-        fail(
-            f"{type(model).__name__} cannot keep sequences in one row apart: "
-            "its layers are not all attention, or of an older make"
-        )
+        why = "its layers are not all attention, or of an older make"
+        fail(f"{type(model).__name__} cannot keep sequences in one row apart: {why}")
     before = model.config._attn_implementation
     if attention == "auto" and before != "flash_attention_2":
         model.set_attn_implementation("packed")

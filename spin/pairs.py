@@ -14,18 +14,15 @@ from spin.tokens import encode
 
 def encode_pairs(rows, tokenizer, recipe) -> list[dict]:
     """Pairs as token ids: {"id", "iter", "index", "real": (ids, mask), "generated": (ids, mask)}.
-
-    The ids (T,) are int32 and the masks int8 arrays: 100,000 pairs as lists of Python numbers
-    would fill a node's memory."""
+    Arrays (T,) of int32 and int8: as lists, 100,000 pairs would fill a node's memory."""
     pairs = []
     seen = set()
     for row in rows:
-        if (row["iter"], row["id"]) in seen:
-            fail(
-                f"the pair with iter {row['iter']} and id {row['id']} occurs twice: "
-                "the files do not belong together"
-            )
-        seen.add((row["iter"], row["id"]))
+        key = (row["iter"], row["id"])
+        if key in seen:
+            twice = "the pair with iter {} and id {} occurs twice".format(*key)
+            fail(f"{twice}: the files do not belong together")
+        seen.add(key)
         pair = {"id": row["id"], "iter": row["iter"], "index": len(pairs)}
         # sampled ids are taken as they are: decoding loses how they were split
         sampled = row.get("generated_ids", row["generated"])
@@ -81,10 +78,8 @@ def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
 
 def micro_batches(batch, pairs, recipe, world):
     """This rank's part of a global batch, in micro-batches: (rows, weight (B,)) each.
-
     Ranks and micro-batches get equal numbers of tokens, as near as may be, at most --micro-tokens.
-    All ranks make equally many passes, as FSDP must; where pairs run out, the shortest one stands
-    in with weight 0."""
+    All make equally many passes, as FSDP must: for want of pairs the shortest has weight 0."""
     sizes = [tokens(pairs[i], recipe.objective) for i in batch]
     shortest = sizes.index(min(sizes))
     bins = balanced_bins(sizes, recipe.micro_tokens, world.size)

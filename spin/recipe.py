@@ -1,8 +1,6 @@
 """Every knob of SPIN once: a dataclass (one default, one help line each), and the table of recipes.
-
 The defaults are the paper's (Section 6.1 and Appendix B.1 of arXiv 2401.01335v3); RECIPES lists
-what `small` and `demo` do otherwise. spin/flags.py makes the command line from this file.
-"""
+what `small` and `demo` do otherwise. spin/flags.py makes the command line from this file."""
 
 import dataclasses
 import json
@@ -16,6 +14,7 @@ PART = ("must be above 0 and at most 1", lambda v: 0 < v <= 1)
 BELOW_1 = ("must be at least 0 and below 1", lambda v: 0 <= v < 1)
 # divided by less, logits would overflow
 WARM = ("must be 0 (greedy) or at least 0.001", lambda v: v == 0 or v >= 1e-3)
+LOSSES = ("logistic", "hinge", "correlation", "exponential")
 
 
 def knob(default, help, rule=None, choices=None, fixed=True):
@@ -63,11 +62,7 @@ class Recipe:
     # stage 2: Appendix B.1; two epochs of Section 6.1; mix: 50k pairs, then 100k
     objective: str = free("spin", "SPIN (4.7), or SFT (3.1) into RUN/sft", choices=("spin", "sft"))
     lam: tuple[float, ...] = knob((0.1, 0.1, 0.1, 5.0), "lambda of (4.7), by iteration", POSITIVE)
-    ell: str = knob(
-        "logistic",
-        "the loss l of Assumption 5.1",
-        choices=("logistic", "hinge", "correlation", "exponential"),
-    )
+    ell: str = knob("logistic", "the loss l of Assumption 5.1", choices=LOSSES)
     lr: tuple[float, ...] = knob((5e-7, 5e-7, 1e-7, 1e-7), "peak rate, by iteration", POSITIVE)
     mix: tuple[int, ...] = knob((1, 2), "iterations whose pairs are used, by iteration", POSITIVE)
     epochs: int = knob(2, "passes over the pairs in an iteration", POSITIVE)
@@ -93,10 +88,7 @@ class Recipe:
 
     def at(self, t: int) -> "Recipe":
         """The recipe of iteration t: lam, lr and mix are numbers in it, not tuples."""
-        numbers = {}
-        for name in ("lam", "lr", "mix"):
-            values = getattr(self, name)
-            numbers[name] = values[min(t, len(values) - 1)]
+        numbers = {name: getattr(self, name)[: t + 1][-1] for name in ("lam", "lr", "mix")}
         return dataclasses.replace(self, **numbers)
 
 

@@ -6,10 +6,10 @@ with (seed, iteration, prompt id), so an answer does not depend on its neighbour
 ranks, or how often the run was killed. What remains is floating-point noise: a probability that
 differs in its last bits (another batch shape, thread count, GPU) turns a token over when the number
 falls between the two values, about once in 10^6 tokens in fp32, once in 10^2 to 10^3 in bf16; the
-distribution is the same.
-"""
+distribution is the same."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from spin.slots import decode_in_slots, keeps_every_key, pick_token
 
 
 def uniforms(*key: int, number: int) -> np.ndarray:
-    """`number` uniform numbers in [0, 1) that depend on the key only, in float64.
-
-    key: (seed, iteration, prompt id, …)."""
+    """`number` uniform numbers in [0, 1), float64, of this key only: (seed, iteration, id, …)."""
     return np.random.default_rng(key).random(number)
 
 
@@ -39,7 +37,6 @@ def sample(
     engine: str = "auto",
 ) -> list[tuple[list[int], str]]:
     """One answer to each prompt: (token ids, why it ended), as cut_at_eos gives them.
-
     prompts: N lists of ids, of any length. uniform: (N, max_new_tokens) uniform numbers; None, or
     temperature 0, is greedy. slots: answers in progress at once. engine: "paged" is transformers'
     generate_batch, anything else the loop of our own or, where a model's layers forget, plain
@@ -63,11 +60,8 @@ def cut_at_eos(eos: int, ids: list[int]) -> tuple[list[int], str]:
     return ids, "length"
 
 
-def plain_generate(
-    model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots
-) -> list[list[int]]:
+def plain_generate(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots):
     """The same by model.generate, in batches that wait for their longest answer.
-
     For models whose layers forget, which Slots cannot hold."""
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos
@@ -81,45 +75,29 @@ def plain_generate(
         length = max(map(len, batch))
         padded = [[0] * (length - len(p)) + p for p in batch]
         real = [[0] * (length - len(p)) + [1] * len(p) for p in batch]
-        ids = torch.tensor(padded, device=model.device)  # (B, T), padded on the left
+        ids, mask = torch.tensor([padded, real], device=model.device)  # (B, T), padded on the left
+        picking = LogitsProcessorList([partial(_only_picked, numbers, length, temperature, top_p)])
         answers += model.generate(
-            ids,
-            attention_mask=torch.tensor(real, device=model.device),
-            generation_config=config,
-            logits_processor=_picking(numbers, length, temperature, top_p),
+            ids, attention_mask=mask, generation_config=config, logits_processor=picking
         )[:, length:].tolist()
     model.generation_config = own
     return answers
 
 
-def _picking(uniform, length: int, temperature, top_p) -> LogitsProcessorList:
-    """What leaves generate no choice: the picked token's score is 0, the others' −∞."""
-
-    def only_the_picked(ids, scores):  # (B, V)
-        numbers = None if uniform is None else uniform[:, ids.shape[1] - length]
-        token = pick_token(scores, numbers, temperature, top_p)
-        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
-
-    return LogitsProcessorList([only_the_picked])
+def _only_picked(uniform, length: int, temperature, top_p, ids, scores):
+    """Leaves generate no choice: the picked token's score is 0, the others' −∞. scores: (B, V)."""
+    numbers = None if uniform is None else uniform[:, ids.shape[1] - length]
+    token = pick_token(scores, numbers, temperature, top_p)
+    return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
 
 
-def paged(
-    model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots
-) -> list[list[int]]:
+def paged(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots):
     """The same by transformers' generate_batch: a paged cache, with CUDA graphs on a GPU.
-
-    It draws from torch's generator, seeded with the first of the uniform numbers: the distribution
-    is p_θ's, the rows are not those of the other loops."""
+    Draws from torch's generator, seeded with the first uniform number: from p_θ, but other rows."""
     greedy = uniform is None or temperature == 0
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        eos_token_id=eos,
-        pad_token_id=eos,
-        temperature=None if greedy else temperature,
-        top_p=None if greedy else top_p,
-        top_k=0,
-    )
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
+    draws = {"temperature": None if greedy else temperature, "top_p": None if greedy else top_p}
+    config = GenerationConfig(do_sample=not greedy, top_k=0, **ends, **draws)
     limits = {"max_requests_per_batch": slots}
     if model.device.type != "cuda":  # else it would take all memory
         pages = math.ceil((max(map(len, prompts)) + max_new_tokens) / 256)

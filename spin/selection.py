@@ -1,7 +1,5 @@
 """Which rows of an SFT set are used, by which rules the others are left out, and how many.
-
-Nothing is left out without being counted.
-"""
+Nothing is left out without being counted."""
 
 import collections
 import hashlib
@@ -20,7 +18,6 @@ TEXTS = ("system", "prompt", "real", "generated")
 def select(rows, source: str, tokenizer, recipe, number: int) -> tuple[list[dict], dict]:
     """The first `number` usable rows in the order that the seed gives: fewer are a subset of more,
     as the paper's 14k lie in its 26k and these in its 50k.
-
     Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of
     what was left out, by rule. A response that is too long is cut, and counted."""
     pairs = []
@@ -37,11 +34,11 @@ def select(rows, source: str, tokenizer, recipe, number: int) -> tuple[list[dict
         if reason is None:
             seen.add(prompt)
             # one token more than max_length shows whether the response fits
-            most = recipe.max_length + 1
-            ids, mask = encode(tokenizer, recipe.template, pair, pair["real"], most)
+            ids, mask = encode(
+                tokenizer, recipe.template, pair, pair["real"], recipe.max_length + 1
+            )
             pair["prompt_ids"] = ids[: len(ids) - sum(mask)]
-            room = recipe.max_length - recipe.max_new_tokens
-            reason = _why_not_so_long(len(pair["prompt_ids"]), room)
+            reason = _bad_length(pair["prompt_ids"], recipe.max_length - recipe.max_new_tokens)
         if reason is None:
             pairs.append(pair)
             reason = "response cut at max_length" if len(ids) > recipe.max_length else "usable"
@@ -58,33 +55,28 @@ def select_pairs(sources: list[str], tokenizer, vocabulary: int, recipe) -> tupl
     pairs = []
     seen = set()
     counts = collections.Counter()
-    for pair in _pairs_in(sources, recipe.split, vocabulary, tokenizer.eos_token_id):
-        counts["read"] += 1
-        # a hash and not the text, for memory: the authors' sets repeat half of their rows
-        key = json.dumps([pair.get(name) for name in (*TEXTS, "generated_ids")])
-        key = hashlib.sha256(key.encode()).digest()
-        reason = _why_not(pair, "duplicate pair" if key in seen else None, tokenizer, recipe)
-        if reason is None:
-            ids, _ = encode(tokenizer, recipe.template, pair, max_length=recipe.max_length)
-            reason = _why_not_so_long(len(ids), recipe.max_length - 1)
-        if reason is None:
-            seen.add(key)
-            pairs.append({**pair, "id": len(pairs)})
-        else:
-            counts[reason] += 1
-    return pairs, counts
-
-
-def _pairs_in(sources: list[str], split: str, vocabulary: int, eos: int):
     for source in sources:
-        for number, row in enumerate(read_rows(source, split), 1):
+        for number, row in enumerate(read_rows(source, recipe.split), 1):
             where = f"{source}, row {number}"
             pair = to_pair(row, where)
             if "generated" not in pair:
                 fail(f"{where}: a pair needs a generated response beside the real one")
             if "generated_ids" in pair:  # from another run's generated.jsonl
-                check_ids(pair, where, vocabulary, eos)
-            yield pair
+                check_ids(pair, where, vocabulary, tokenizer.eos_token_id)
+            counts["read"] += 1
+            # a hash and not the text, for memory: the authors' sets repeat half of their rows
+            key = json.dumps([pair.get(name) for name in (*TEXTS, "generated_ids")])
+            key = hashlib.sha256(key.encode()).digest()
+            reason = _why_not(pair, "duplicate pair" if key in seen else None, tokenizer, recipe)
+            if reason is None:
+                ids, _ = encode(tokenizer, recipe.template, pair, max_length=recipe.max_length)
+                reason = _bad_length(ids, recipe.max_length - 1)
+            if reason is None:
+                seen.add(key)
+                pairs.append({**pair, "id": len(pairs)})
+            else:
+                counts[reason] += 1
+    return pairs, counts
 
 
 def _why_not(pair: dict, duplicate: str | None, tokenizer, recipe) -> str | None:
@@ -101,10 +93,10 @@ def _why_not(pair: dict, duplicate: str | None, tokenizer, recipe) -> str | None
     return "text of a special token" if parsed else None
 
 
-def _why_not_so_long(prompt_tokens: int, room: int) -> str | None:
-    if prompt_tokens == 0:
+def _bad_length(prompt_ids: list[int], room: int) -> str | None:
+    if not prompt_ids:
         return "prompt of no tokens"
-    return "prompt too long" if prompt_tokens > room else None
+    return "prompt too long" if len(prompt_ids) > room else None
 
 
 def counts_line(counts: dict) -> str:

@@ -1,10 +1,7 @@
 """A decode loop that never waits for the longest answer, and how a uniform number becomes a token.
-
-A finished answer leaves its slot at once, and a waiting prompt takes it.
-"""
+A finished answer leaves its slot at once, and a waiting prompt takes it."""
 
 import inspect
-from dataclasses import dataclass
 
 import torch
 from transformers import TopPLogitsWarper
@@ -20,10 +17,8 @@ def pick_token(logits, uniform, temperature: float = 1.0, top_p: float = 1.0) ->
     """The first token whose cumulative probability exceeds the uniform number: y_j ~ p_θ.
     logits (B, V); uniform (B,) in float64, or None for greedy. Returns (B,)."""
     if not logits.amax(-1).isfinite().all():
-        fail(
-            "the model's logits are NaN or infinite, though its weights are not: "
-            "choose another model, or try --dtype fp32"
-        )
+        mend = "choose another model, or try --dtype fp32"
+        fail(f"the model's logits are NaN or infinite, though its weights are not: {mend}")
     if uniform is None or temperature == 0:
         return logits.argmax(-1)
     scores = logits.float() / temperature  # (B, V)
@@ -35,46 +30,33 @@ def pick_token(logits, uniform, temperature: float = 1.0, top_p: float = 1.0) ->
     return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
-@dataclass
-class Pass:
-    """What the running forward pass is about. transformers fixes what a layer is told, so all
-    layers share this."""
-
-    first: int = 0  # slot
-    columns: torch.Tensor | None = None  # (b, T), those to write
-    width: int = 0  # of the columns to see
-
-
 class Slots(DynamicLayer):
-    """The keys and values of one layer: an answer lies in its slot from column 0 on."""
+    """The keys and values of one layer: an answer lies in its slot from column 0 on.
+    transformers fixes what update is told, so forward_in_slots says which pass comes next."""
 
-    def __init__(self, slots: int, length: int, now: Pass):
+    def __init__(self, slots: int, length: int):
         super().__init__()
         self.slots = slots
         self.length = length
-        self.now = now
 
     def update(self, keys, values, *_, **__):  # (b, heads, T, dim) each
         if not self.is_initialized:
-            self.keys = self._room_for(keys)
-            self.values = self._room_for(values)
+            heads = keys.shape[1]
+            self.keys = keys.new_zeros(self.slots, heads, self.length, keys.shape[3])
+            self.values = values.new_zeros(self.slots, heads, self.length, values.shape[3])
             self.is_initialized = True
-        rows = slice(self.now.first, self.now.first + len(keys))
+        rows = slice(self.first, self.first + len(keys))
         each = torch.arange(len(keys), device=keys.device)[:, None]
-        self.keys[rows][each, :, self.now.columns] = keys.transpose(1, 2)
-        self.values[rows][each, :, self.now.columns] = values.transpose(1, 2)
-        return self.keys[rows, :, : self.now.width], self.values[rows, :, : self.now.width]
-
-    def _room_for(self, x):  # (slots, heads, length, dim)
-        return x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3])
+        self.keys[rows][each, :, self.columns] = keys.transpose(1, 2)
+        self.values[rows][each, :, self.columns] = values.transpose(1, 2)
+        return self.keys[rows, :, : self.width], self.values[rows, :, : self.width]
 
     def get_seq_length(self) -> int:
-        return self.now.width - self.now.columns.shape[1]
+        return self.width - self.columns.shape[1]
 
 
 def keeps_every_key(model, length: int) -> bool:
-    """Whether each layer sees all earlier tokens of `length`, their order told by position_ids:
-    what Slots can hold."""
+    """What Slots can hold: each layer sees all of `length`, and position_ids tell the order."""
     if model._is_stateful:
         return False
     for layer in DynamicCache(config=model.config).layers:
@@ -83,17 +65,16 @@ def keeps_every_key(model, length: int) -> bool:
             return False
     # the angles of these two follow the longest row of the batch
     rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
-    if "'dynamic'" in rope or "'longrope'" in rope:
-        return False
-    return "position_ids" in inspect.signature(model.forward).parameters
+    fixed = "'dynamic'" not in rope and "'longrope'" not in rope
+    return fixed and "position_ids" in inspect.signature(model.forward).parameters
 
 
 def forward_in_slots(model, cache, ids, first: int, columns, width: int) -> torch.Tensor:
     """One pass for tokens whose columns are their positions. ids, columns: (b, T) → (b, V)."""
-    now = cache.layers[0].now
-    now.first = first
-    now.columns = columns
-    now.width = width
+    for layer in cache.layers:
+        layer.first = first  # slot
+        layer.columns = columns  # (b, T), those to write
+        layer.width = width  # of the columns to see
     seen = torch.arange(width, device=ids.device) <= columns[:, -1:]
     return model(
         input_ids=ids,
@@ -129,15 +110,12 @@ def close_gaps(cache, state, done, width: int):
     return state[:, :left]
 
 
-def decode_in_slots(
-    model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots
-) -> list[list[int]]:
+def decode_in_slots(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots):
     """The ids sampled for each prompt: up to the EOS, and EOS behind it, max_new_tokens each.
     When a prompt enters and which slot it has depends on the arguments and the answers only."""
     slots = min(slots, len(prompts))
     length = max(map(len, prompts)) + max_new_tokens
-    now = Pass()
-    layers = [Slots(slots, length, now) for _ in DynamicCache(config=model.config).layers]
+    layers = [Slots(slots, length) for _ in DynamicCache(config=model.config).layers]
     cache = Cache(layers=layers)
     answers = torch.full((len(prompts), max_new_tokens), eos, device=model.device)
     start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)

@@ -21,32 +21,25 @@ def load_tokenizer(name: str, recipe):
         text_config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds here; each: no usable model
-        fail(
-            f"cannot load the tokenizer and config of {name}: "
-            f"{type(problem).__name__}: {str(problem)[:300]}"
-        )
+        cause = f"{type(problem).__name__}: {str(problem)[:300]}"
+        fail(f"cannot load the tokenizer and config of {name}: {cause}")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     # BERT and its kin are there too, for use as decoders; GPT-NeoX is one, and says it is not
     decoder = getattr(text_config, "is_decoder", True) or causal in (config.architectures or ())
     if not causal or not decoder:
-        fail(
-            f"{name} is no causal language model ({config.model_type}): "
-            "each token must follow from those before it"
-        )
+        wanted = "each token must follow from those before it"
+        fail(f"{name} is no causal language model ({config.model_type}): {wanted}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
     largest = max(tokenizer.get_vocab().values())
     if largest >= text_config.vocab_size:
-        fail(
-            f"the tokenizer of {name} has a token {largest}, "
-            f"its model only {text_config.vocab_size} tokens: not a pair"
-        )
+        known = f"its model only {text_config.vocab_size} tokens"
+        fail(f"the tokenizer of {name} has a token {largest}, {known}: not a pair")
     context = getattr(text_config, "max_position_embeddings", None)
     if context and recipe.max_length > context:
-        fail(
-            f"--max-length {recipe.max_length} is more than the {context} positions of {name}; "
-            f"give --max-length {context}"
-        )
+        asked = f"--max-length {recipe.max_length}"
+        mend = f"give --max-length {context}"
+        fail(f"{asked} is more than the {context} positions of {name}; {mend}")
     return tokenizer, text_config.vocab_size
 
 
@@ -56,27 +49,18 @@ def render(tokenizer, template: str, prompt: str, system: str = "") -> str:
     if template != "chat":
         text = PAPER_TEMPLATE if template == "paper" else template
         return text.replace("{prompt}", f"{system}\n\n{prompt}" if system else prompt)
+    mend = "use --template paper, or a string with {prompt}"
     if not tokenizer.chat_template:
-        fail("this tokenizer has no chat template: use --template paper, or a string with {prompt}")
+        fail(f"this tokenizer has no chat template: {mend}")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as problem:  # a template may refuse by any, a system message for instance
-        fail(
-            f"the chat template refuses a prompt ({problem}): "
-            "use --template paper, or a string with {prompt}"
-        )
+        fail(f"the chat template refuses a prompt ({problem}): {mend}")
 
 
-def encode(
-    tokenizer,
-    template: str,
-    pair: dict,
-    response: str | list[int] | None = None,
-    max_length: int | None = None,
-    eos: bool = True,
-) -> tuple[list[int], list[int]]:
+def encode(tokenizer, template: str, pair: dict, response=None, max_length=None, eos=True):
     """(prompt, response) → token ids and response mask, both (T,); here text becomes tokens.
     pair: holds prompt, and maybe system. response: text; sampled ids, taken as they are; or None
     for the prompt alone. Text gets the EOS if eos. A response that does not fit in max_length is
@@ -89,8 +73,7 @@ def encode(
         return tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
 
     room = most_characters(tokenizer, max_length) if max_length else None
-    prompt = {name: pair[name] for name in ("prompt", "system") if name in pair}
-    text = render(tokenizer, template, **prompt)[:room]
+    text = render(tokenizer, template, pair["prompt"], pair.get("system", ""))[:room]
     # The prompt's ids do not depend on the response: a template's last spaces go to the response's
     # first token, as in the LM Evaluation Harness. "Response: " + "Yes" and "Response:" + " Yes"
     # are different tokens to most models.
@@ -112,8 +95,7 @@ def encode(
 
 @functools.lru_cache(maxsize=8)
 def most_characters(tokenizer, length: int) -> int:
-    """More characters than `length` tokens hold: what lies behind need not be tokenised, which for
-    50 MB takes a minute."""
+    """More characters than `length` tokens hold: to tokenise 50 MB behind them takes a minute."""
     return 10_000 + length * max(map(len, tokenizer.get_vocab()))
 
 
@@ -131,8 +113,7 @@ def holds_special(tokenizer, text: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def parses_specials(tokenizer, template: str) -> bool:
-    """Whether special tokens are parsed out of text: the template is written with them, or the
-    tokenizer cannot but do it."""
+    """Whether text's special tokens are parsed: the template has some, or the tokenizer must."""
     if template == "chat" or holds_special(tokenizer, template):
         return True
     names = [token for token in special_tokens(tokenizer) if token != tokenizer.unk_token]
