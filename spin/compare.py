@@ -5,8 +5,7 @@
 
 A, B: transformers folders or hub ids, such as runs/demo/iter0/model. Start it in the repository's
 root. Prints, and writes where --out says, for each figure of COMPARED: "A", "B", "B-A", "interval".
-The intervals are those of a paired bootstrap over prompts (Efron and Tibshirani, 1993).
-"""
+The intervals are those of a paired bootstrap over prompts (Efron and Tibshirani, 1993)."""
 
 import math
 from pathlib import Path

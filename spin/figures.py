@@ -2,8 +2,7 @@
 
 Two kinds: what the model makes of the human answers (their probability, its greedy answer, a sample
 of its own), and its game of Eq. (4.7) against an opponent, on prompts that were never trained on.
-Each rank takes its share of the prompts and holds one model at a time.
-"""
+Each rank takes its share of the prompts and holds one model at a time."""
 
 import math
 from dataclasses import dataclass

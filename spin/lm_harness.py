@@ -3,14 +3,14 @@
 lm_eval is imported here and nowhere else, only when it is asked for, and only by its public names;
 prompts, few-shot examples, scoring and standard errors are its own. Data sets come from the hub.
 Without one, start evaluate.py in a folder that holds a copy of each in a folder of its hub id, such
-as ./allenai/ai2_arc: the package datasets looks there first.
-"""
+as ./allenai/ai2_arc: the package datasets looks there first."""
 
 import logging
 import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from spin import distributed
 from spin.files import REPOSITORY, fail, write_json
@@ -59,11 +59,10 @@ def import_lm_eval():
 
 
 def load_benchmarks(asked: list[str], positions: int | None):
-    """lm_eval's TaskManager, and the benchmarks asked for with their data sets read.
-
-    asked: paper, extra, or names of lm_eval's tasks, groups and tags. positions: the model's; a
-    task that generates more is refused. Ends with one line that says what is missing: lm_eval, a
-    task of that name, or a data set."""
+    """lm_eval's TaskManager, and [(name, few-shot examples or None for the task's own number,
+    lm_eval's tasks with their data sets read)] of the benchmarks asked for: paper, extra, or names
+    of lm_eval's tasks, groups and tags. positions: the model's; a task that generates more is
+    refused, and so is one that lm_eval does not know or that has no data set here."""
     manager = import_lm_eval().tasks.TaskManager()
     wanted = []
     for name in asked:
@@ -72,10 +71,8 @@ def load_benchmarks(asked: list[str], positions: int | None):
         elif name in manager.all_tasks:
             wanted.append((name, None))
         else:
-            fail(
-                f"--tasks {name}: the harness knows no task of this name (paper, extra, or one of "
-                "`lm_eval ls tasks`)"
-            )
+            known = "paper, extra, or one of `lm_eval ls tasks`"
+            fail(f"--tasks {name}: the harness knows no task of this name ({known})")
     wanted = dict.fromkeys(wanted)
     return manager, [(*one, tasks_of(manager, one[0], positions)) for one in wanted]
 
@@ -85,33 +82,22 @@ def tasks_of(manager, name: str, positions: int | None) -> list:
     try:
         found = manager.load([name])
     except Exception as problem:  # of the hub's client, of datasets, of the task's code: no data
-        fail(
-            f"the task {name} needs a data set that cannot be read ({type(problem).__name__}: "
-            f"{str(problem)[:200]}); without a hub, start this in a folder that holds a copy of "
-            "it in a folder of its hub id (hf download ID --repo-type dataset --local-dir ID)"
-        )
+        why = f"{type(problem).__name__}: {str(problem)[:200]}"
+        mend = "start this in a folder that holds a copy of it in a folder of its hub id"
+        mend += " (hf download ID --repo-type dataset --local-dir ID)"
+        fail(f"the task {name} needs a data set that cannot be read ({why}); without a hub, {mend}")
     for task in found["tasks"].values():
-        longest = generates(task)
-        if positions and longest >= positions:
-            fail(
-                f"the task {name} generates up to {longest} tokens, and the model has {positions} "
-                "positions: leave it out"
-            )
+        if positions and task.OUTPUT_TYPE == "generate_until":
+            longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 256)  # HFLM's
+            if longest >= positions:
+                room = f"and the model has {positions} positions: leave it out"
+                fail(f"the task {name} generates up to {longest} tokens, {room}")
     group = found["groups"].get(name)
     return [group] if group else list(found["tasks"].values())
 
 
-def generates(task) -> int:
-    """The most tokens that a task lets the model write; 0 where it only scores given answers."""
-    if task.OUTPUT_TYPE != "generate_until":
-        return 0
-    return (task.config.generation_kwargs or {}).get("max_gen_toks", 256)  # HFLM.max_gen_toks
-
-
 def count_positions(policy, recipe) -> int | None:
     """How many tokens the model can see, by its config."""
-    from transformers import AutoConfig
-
     revision = revision_of(policy, recipe)
     config = AutoConfig.from_pretrained(policy, revision=revision, trust_remote_code=False)
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -76,28 +76,25 @@ def read_questions(source: str) -> list[dict]:
         except (TypeError, UnicodeError):
             good = False
         if not good:
-            fail(
-                f"{source}, row {number}: a question has a question_id and turns, a list of texts, "
-                "and maybe a category"
-            )
+            wanted = "a question_id and turns, a list of texts, and maybe a category"
+            fail(f"{source}, row {number}: a question has {wanted}")
     return questions
 
 
 def check_room(questions, policy: str, tokenizer, recipe):
     """End with one line if some conversation might not fit in the model's positions."""
-    room, most = count_positions(policy, recipe), recipe.max_new_tokens
-    long, needs = [], []
+    room = count_positions(policy, recipe)
+    most = recipe.max_new_tokens
+    needs = {}
     for question in questions:
         rounds = [conversation(tokenizer, recipe.template, [x], []) for x in question["turns"]]
-        needs.append(sum(len(ids) + most for ids in rounds))
-        if room and needs[-1] > room:
-            long.append(question["question_id"])
+        needs[question["question_id"]] = sum(len(ids) + most for ids in rounds)
+    long = [name for name, need in needs.items() if room and need > room]
     if long:
-        fail(
-            f"{len(long)} of {len(questions)} questions (the first is {long[0]}) may need up to "
-            f"{max(needs)} positions with --max-new-tokens {most} a turn, and {policy} has {room}: "
-            "lower --max-new-tokens, or take a model with more"
-        )
+        found = f"{len(long)} of {len(questions)} questions (the first is {long[0]}) may need up to"
+        found += f" {max(needs.values())} positions with --max-new-tokens {most} a turn"
+        mend = "lower --max-new-tokens, or take a model with more"
+        fail(f"{found}, and {policy} has {room}: {mend}")
 
 
 def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor:
@@ -127,7 +124,6 @@ def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor
 
 def conversation(tokenizer, template: str, asked: list[str], said: list[list[int]]) -> list[int]:
     """The ids of a conversation up to its next answer.
-
     asked: the prompts so far; said: the answers' ids, one fewer. With the chat template it is
     rendered as one; other templates have one round only, so rounds are put one after another."""
     if template == "chat" and said:

@@ -1,8 +1,7 @@
 """The paper's benchmark figures (Tables 3 to 6 of arXiv 2401.01335v3), and ours beside them.
 
 Used by spin/lm_harness.py, which makes ours, and by the report. The figures themselves are in
-paper_tables.json.
-"""
+paper_tables.json."""
 
 import json
 from pathlib import Path

@@ -4,8 +4,7 @@
     svg = draw_lines("Exact match", [line], "iteration", "probability")
 
 No stage imports this file. matplotlib's Figure is used without pyplot, so nothing needs a screen,
-and no setting of the user's changes a picture: the same input gives the same bytes.
-"""
+and no setting of the user's changes a picture: the same input gives the same bytes."""
 
 import base64
 import dataclasses

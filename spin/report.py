@@ -5,8 +5,7 @@
 report.html is one self-contained page, made by the template of that name beside this file: it opens
 from disk, without a network. It shows the figures of eval.json, the benchmarks of benchmarks.json
 beside the paper's, the curves of metrics.jsonl, the answers of answers.jsonl, and says in words
-where something known to go wrong is seen.
-"""
+where something known to go wrong is seen."""
 
 import json
 from pathlib import Path
@@ -52,7 +51,6 @@ def main(argv=None):
         fail(f"{args.run} holds no eval.json: run evaluate.py first")
     summary["benchmarks"] = benchmarks(args.run, summary)
     write_json(args.run / "summary.json", summary, indent=1)
-
     iterations = range(len(summary["spin"]) - 1)
     steps = [lines_of(iteration_folder(args.run, t) / "metrics.jsonl") for t in iterations]
     problems = signs_of_trouble(summary, steps)
@@ -102,10 +100,8 @@ def lines_of(path: Path) -> list[dict]:
         with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
     except ValueError as problem:
-        fail(
-            f"{path} is damaged ({problem}): restore or delete it, "
-            "this page is all that is made from it"
-        )
+        mend = "restore or delete it, this page is all that is made from it"
+        fail(f"{path} is damaged ({problem}): {mend}")
 
 
 def answers(run: Path, summary: dict) -> list[tuple[dict, list]]:
@@ -132,18 +128,13 @@ def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
     environment = Environment(autoescape=True, loader=folder, undefined=StrictUndefined)
     results = summary.get("benchmarks") or {}
     tables = [paper_tables.beside_the_paper(table, results) for table in paper_tables.TABLES]
-    return environment.get_template("report.html").render(
-        name=name,
-        summary=summary,
-        problems=problems,
-        charts={key: chart(summary, key) for key in ("expected_exact_match", "nll_per_token")},
-        columns=COLUMNS,
-        models=list(named_models(summary)),
-        benchmarks=[table for table in tables if table],
-        differs=paper_tables.DIFFERS,
-        curves=curves(steps),
-        shown=shown,
-    )
+    given = {"name": name, "summary": summary, "problems": problems, "shown": shown}
+    given |= {"columns": COLUMNS, "models": list(named_models(summary)), "curves": curves(steps)}
+    given["charts"] = {
+        key: chart(summary, key) for key in ("expected_exact_match", "nll_per_token")
+    }
+    given |= {"benchmarks": [table for table in tables if table], "differs": paper_tables.DIFFERS}
+    return environment.get_template("report.html").render(given)
 
 
 def chart(summary: dict, key: str) -> dict:
@@ -164,11 +155,10 @@ def curves(steps: list[list[dict]]) -> dict[str, dict]:
     rows = [row for iteration in steps for row in iteration]
     if len(rows) < 2:
         return {}
-    begins, begin = {}, 0
+    begins = {}  # of each iteration: its first step
     for t, iteration in enumerate(steps):
         if iteration and t % (1 + len(steps) // 9) == 0:  # nine labels have room
-            begins[begin] = f"iter {t}"
-        begin += len(iteration)
+            begins[sum(map(len, steps[:t]))] = f"iter {t}"
     pictures = {}
     for name, (axis, keys) in CURVES.items():
         lines = []

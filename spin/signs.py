@@ -19,15 +19,12 @@ def ended_alike(rows) -> str | None:
     """In words, what is wrong if all answers of generated.jsonl ended alike; None if it is well."""
     ends = {row["finish"] if row["generated"].strip() else "empty" for row in rows}
     if ends == {"length"}:
-        return (
-            "every answer was cut off at --max-new-tokens: the model never writes its EOS token; "
-            "has it learnt to, and in this --template? SPIN cannot teach it to stop"
-        )
+        ask = "has it learnt to, and in this --template? SPIN cannot teach it to stop"
+        cut = "every answer was cut off at --max-new-tokens: the model never writes its EOS token"
+        return f"{cut}; {ask}"
     if ends == {"empty"}:
-        return (
-            "every answer is empty: the model ends at once; is this its --template, "
-            "and was theta_t trained too far?"
-        )
+        ask = "is this its --template, and was theta_t trained too far?"
+        return f"every answer is empty: the model ends at once; {ask}"
     return None
 
 
@@ -43,19 +40,16 @@ def new_collapse(rows, t: int) -> str | None:
 def all_less_likely(rows) -> str | None:
     """In words, what is wrong when the policy wins by making everything less likely; else None.
     rows: the latest five rows of metrics.jsonl. The rule: five steps that win every pair, while the
-    log-ratio of the human answers is negative and fell by more than a nat. None while it is well.
-    """
+    log-ratio of the human answers is negative and fell by more than a nat."""
     if len(rows) < 5 or not all(row["win_rate"] == 1 for row in rows):
         return None
     first, last = rows[0]["logratio_real"], rows[-1]["logratio_real"]
     fall = first - last
     if fall <= max(1, first):
         return None
-    return (
-        f"every pair is won, and the human answers lost {fall:.1f} nats in 5 steps: the policy "
-        "makes all answers less likely; a lower --lr, fewer --epochs or a larger --lam would "
-        "hold it back"
-    )
+    found = f"every pair is won, and the human answers lost {fall:.1f} nats in 5 steps"
+    mend = "a lower --lr, fewer --epochs or a larger --lam would hold it back"
+    return f"{found}: the policy makes all answers less likely; {mend}"
 
 
 def signs_of_trouble(summary: dict, steps: list[list[dict]]) -> list[str]:
@@ -101,10 +95,8 @@ def drifting_lengths(t: int, models: list[dict], human: float) -> list[str]:
     distance, before = (abs(math.log(max(length, 0.1) / human)) for length in (mine, first))
     if distance <= before + math.log(1.25):
         return []
-    return [
-        f"θ_{t}: its answers have {mine:.1f} tokens on average, the human ones {human:.1f}: "
-        f"the lengths drift away from them (θ_0: {first:.1f})."
-    ]
+    found = f"its answers have {mine:.1f} tokens on average, the human ones {human:.1f}"
+    return [f"θ_{t}: {found}: the lengths drift away from them (θ_0: {first:.1f})."]
 
 
 def thinned(rows: list[dict], key: str, most: int = 400) -> list[tuple[float, float, float]]:
