@@ -75,14 +75,12 @@ def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: Wo
 def latest_step(iteration: Iteration) -> int:
     """Steps that the newest checkpoint holds, or 0; refuses one of other pairs or another start."""
     folder = iteration.folder / "checkpoint"
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    if not steps:
-        return 0
-    newest = folder / str(max(steps))
+    step = max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+    newest = folder / str(step)
     again = f"delete {folder} to start this iteration anew"
-    if read_json(newest / "made_from.json", again) != iteration.made_from:
+    if step and read_json(newest / "made_from.json", again) != iteration.made_from:
         fail(f"{newest} belongs to other pairs or another starting model: {again}")
-    return max(steps)
+    return step
 
 
 def load_checkpoint(iteration: Iteration, model, optimizer) -> int:

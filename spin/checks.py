@@ -1,5 +1,4 @@
 """Every refusal of a damaged, foreign or missing file of a run: one call a stage, one a step.
-
 A stage calls before_…() first; what it refuses ends in one line that says how to mend it, exit code
 2, and nothing is written. A finished file that was cut off, lost or swapped since is told by the
 number of its lines, by its size (files.json), by the header of safetensors, or by a hash of the

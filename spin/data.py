@@ -11,7 +11,15 @@ def read_rows(source: str, split: str = "train"):
     """The rows (dicts) of an SFT set, in order. Ends with one line where they cannot be read."""
     path = Path(locate(source))
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        return _hub_rows(source, split)
+        if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+            fail(f"no data at {source}: a .jsonl, .json or .parquet file is wanted, or a hub id")
+        import datasets
+
+        try:
+            return datasets.load_dataset(source, split=split)
+        except Exception as problem:  # the hub client raises many kinds; each: not to be had
+            cause = f"{type(problem).__name__}: {str(problem)[:200]}"
+            fail(f"cannot load {source} (split {split}) from the hub: {cause}")
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet  # comes with datasets
@@ -26,18 +34,6 @@ def read_rows(source: str, split: str = "train"):
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         fail(f"{path} holds no rows: a list of objects is wanted")
     return rows
-
-
-def _hub_rows(source: str, split: str):
-    if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        fail(f"no data at {source}: a .jsonl, .json or .parquet file is wanted, or a hub id")
-    import datasets
-
-    try:
-        return datasets.load_dataset(source, split=split)
-    except Exception as problem:  # the hub client raises many kinds; each: it is not to be had
-        cause = f"{type(problem).__name__}: {str(problem)[:200]}"
-        fail(f"cannot load {source} (split {split}) from the hub: {cause}")
 
 
 def _first_round(messages) -> dict:

@@ -65,9 +65,8 @@ def _device(local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
         fail(f"this node runs more ranks than it has GPUs ({gpus}): lower --nproc_per_node")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def first_cause(problem: Exception) -> Exception:
@@ -78,7 +77,7 @@ def first_cause(problem: Exception) -> Exception:
 
 @contextlib.contextmanager
 def catch_sigterm():
-    """A list, empty until SIGTERM comes, for the machine will be taken away: nothing else ends."""
+    """A list, empty until SIGTERM comes (the machine will soon be taken away), which else kills."""
     caught = []
     before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
     try:

@@ -42,7 +42,14 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
         parser.add_argument(name, **keywords)
     fields = dataclasses.fields(Recipe)
     for f in fields:
-        _add_knob(parser, f)
+        first = f.default[0] if isinstance(f.default, tuple) else f.default
+        kind = {"type": type(first), "choices": f.metadata["choices"]}
+        if isinstance(first, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(f.default, tuple):
+            kind["nargs"] = "+"
+        about = f"{f.metadata['help']} (default: {as_text(f.default) or 'none'})"
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
     argv = sys.argv[1:] if argv is None else argv
     of_recipe = RECIPES[parser.parse_args(argv).recipe].split()
     args = parser.parse_args([*of_recipe, *argv])
@@ -56,17 +63,6 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
     if (getattr(args, "iter", None) or 0) < 0:
         fail(f"--iter must be zero or positive, got {args.iter}")
     return recipe, args
-
-
-def _add_knob(parser, f: dataclasses.Field):
-    first = f.default[0] if isinstance(f.default, tuple) else f.default
-    kind = {"type": type(first), "choices": f.metadata["choices"]}
-    if isinstance(first, bool):
-        kind = {"action": argparse.BooleanOptionalAction}
-    elif isinstance(f.default, tuple):
-        kind["nargs"] = "+"
-    about = f"{f.metadata['help']} (default: {as_text(f.default) or 'none'})"
-    parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
 
 
 def _check_values(recipe: Recipe):

@@ -18,35 +18,29 @@ def of_step(passes, opponent, recipe) -> dict:
     policy (2B,) is log p_θ, the real ones first; (B,) for SFT. opponent: (N, 2), log p_θt."""
     sums = 0.0
     for rows, weight, losses, policy in passes:
-        columns = _per_pair(rows, losses, policy, opponent, recipe)
+        # the columns of figures, (B,) each
+        columns = {"loss": losses}
+        if recipe.objective == "spin":
+            real, generated = policy.chunk(2)
+            opponent_real, opponent_generated = opponent_of(rows, opponent, policy)
+            margin = spin_margin(real, generated, opponent_real, opponent_generated, recipe.lam)
+            columns |= {"margin": margin, "margin_std": margin**2}
+            columns["win_rate"] = (margin > 0) + 0.5 * (margin == 0)
+            columns["logratio_real"] = real - opponent_real
+            columns["logratio_generated"] = generated - opponent_generated
+        for half in ("real", "generated"):
+            columns[f"length_{half}"] = torch.tensor([int(row[half][1].sum()) for row in rows])
+        columns["pairs"] = torch.ones(len(rows))
+        columns["tokens"] = torch.tensor([tokens(row, recipe.objective) for row in rows])
         values = torch.stack([column.double().cpu() for column in columns.values()])
         sums += values @ weight.double()
     sums = dict(zip(columns, sum_over_ranks(sums).tolist(), strict=True))
     pairs = sums.pop("pairs")
     means = {name: total / pairs for name, total in sums.items()}
     if "margin" in means:  # margin_std was the mean square
-        variance = means["margin_std"] - means["margin"] ** 2
-        means["margin_std"] = math.sqrt(max(0.0, variance))
+        means["margin_std"] = math.sqrt(max(0.0, means["margin_std"] - means["margin"] ** 2))
     means["tokens"] *= pairs
     return {**dict.fromkeys(MEANS), **means}
-
-
-def _per_pair(rows, losses, policy, opponent, recipe) -> dict:
-    """The columns of a step's figures, (B,) each."""
-    columns = {"loss": losses}
-    if recipe.objective == "spin":
-        real, generated = policy.chunk(2)
-        opponent_real, opponent_generated = opponent_of(rows, opponent, policy)
-        margin = spin_margin(real, generated, opponent_real, opponent_generated, recipe.lam)
-        columns |= {"margin": margin, "margin_std": margin**2}
-        columns["win_rate"] = (margin > 0) + 0.5 * (margin == 0)
-        columns["logratio_real"] = real - opponent_real
-        columns["logratio_generated"] = generated - opponent_generated
-    for half in ("real", "generated"):
-        columns[f"length_{half}"] = torch.tensor([int(row[half][1].sum()) for row in rows])
-    columns["pairs"] = torch.ones(len(rows))
-    columns["tokens"] = torch.tensor([tokens(row, recipe.objective) for row in rows])
-    return columns
 
 
 def opponent_of(rows, opponent, like) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def attention_name(recipe, world: World) -> str:
     """transformers' name of --attention; auto is flash-attn where it can be used, else SDPA."""
-    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention wants it
+    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention: 16 bits
     flash = world.device.type == "cuda" and half and is_flash_attn_2_available()
     automatic = "flash_attention_2" if flash else "sdpa"
     return automatic if recipe.attention == "auto" else recipe.attention
@@ -54,12 +54,12 @@ def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
         )
     except Exception as problem:  # safetensors, json, OS and hub errors: each: no usable model
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
-    # of which transformers would only warn
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # transformers only warns
         if report[kind]:
-            found = f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}"
-            mend = "copy or download it again"
-            fail(f"the weights in {name} are not those of its config.json: {found}; {mend}")
+            found = (
+                f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}; copy or download it again"
+            )
+            fail(f"the weights in {name} are not those of its config.json: {found}")
     return model.eval()
 
 

@@ -1,5 +1,4 @@
 """Sequences in one row without padding, and the attention that keeps them apart.
-
 Padding is waste: with lengths as in UltraChat a padded batch of pairs computes half as much again
 as it needs. Here the sequences of a micro-batch lie one after the other in a single row; their
 positions restart, and attention stays inside each sequence. On CUDA in 16 bits that is one call of
@@ -68,17 +67,15 @@ def packed_attention(
             fail(f"{unknown}: use --attention eager")
     # grouped queries: each key and value serves several heads
     groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, 1)
-    value = value.repeat_interleave(groups, 1)
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds, longest = cu_seq_lens_q, max_length_q
+        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)  # of q's, of k's
         sides = (window - 1 if window else -1, 0)  # to the right nothing: causal
-        sizes = (bounds, bounds, longest, longest)
-        out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=sides)
+        out = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=sides)
     else:
         out = _padded_attention(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, window)
     return out[None], None

@@ -35,20 +35,16 @@ def encode_pairs(rows, tokenizer, recipe) -> list[dict]:
     return pairs
 
 
-def hash_of_pairs(pairs) -> str:
-    """A hash of the pairs' tokens, by which a checkpoint knows what it was trained on."""
+def made_from(start: str, pairs, recipe) -> dict:
+    """What an iteration's scores and checkpoints are made from, by which a checkpoint knows what it
+    was trained on: θ_t, a hash of the pairs' tokens, the recipe."""
     digest = hashlib.sha256()
     for pair in pairs:
         for part in (*pair["real"], *pair["generated"]):
             digest.update(part.tobytes())
-    return digest.hexdigest()
-
-
-def made_from(start: str, pairs, recipe) -> dict:
-    """What an iteration's scores and checkpoints are made from: θ_t, the pairs, the recipe."""
     return {
         "start": hash_of_model(start, recipe.revision),
-        "pairs": hash_of_pairs(pairs),
+        "pairs": digest.hexdigest(),
         "number": len(pairs),
         "recipe": fixed_knobs(recipe),
     }
@@ -71,8 +67,7 @@ def tokens(row, objective: str) -> int:
 
 def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
     """The epoch's global batches: each of n pairs once, in an order of (seed, t, epoch) only."""
-    rng = np.random.default_rng((recipe.seed, t, epoch, 2))  # 2: a stream of its own
-    order = rng.permutation(n).tolist()
+    order = np.random.default_rng((recipe.seed, t, epoch, 2)).permutation(n).tolist()  # 2: a stream
     return [order[i : i + recipe.batch_size] for i in range(0, n, recipe.batch_size)]
 
 

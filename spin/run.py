@@ -1,5 +1,4 @@
-"""Where things lie in a run directory. Refuses nothing: that is spin/checks.py.
-docs/run-directory.md shows the whole tree."""
+"""Where things lie in a run (docs/run-directory.md). Refuses nothing: that is spin/checks.py."""
 
 import dataclasses
 import hashlib
@@ -16,8 +15,7 @@ SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, 
 
 @dataclass(frozen=True)
 class Iteration:
-    """Iteration t of one objective: its folder, and what it is made from: θ_t, pairs, recipe.
-    Scores and checkpoints made from anything else are not used."""
+    """Iteration t of one objective: its folder, and what it is made from: θ_t, pairs, recipe."""
 
     t: int
     folder: Path

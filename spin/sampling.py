@@ -1,5 +1,4 @@
 """y' ~ p_θ(·|x): sampling whose random numbers belong to the prompt, not to the machine.
-
 Each token of an answer costs one uniform number in [0, 1), turned into a token by the inverse of
 the cumulative distribution (pick_token in spin/slots.py). The numbers come from a generator seeded
 with (seed, iteration, prompt id), so an answer does not depend on its neighbours, the number of
@@ -63,9 +62,8 @@ def cut_at_eos(eos: int, ids: list[int]) -> tuple[list[int], str]:
 def plain_generate(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots):
     """The same by model.generate, in batches that wait for their longest answer.
     For models whose layers forget, which Slots cannot hold."""
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos
-    )
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
+    config = GenerationConfig(do_sample=False, **ends)
     own = model.generation_config
     model.generation_config = GenerationConfig()  # transformers fills gaps from the model's
     answers = []

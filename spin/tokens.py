@@ -37,9 +37,8 @@ def load_tokenizer(name: str, recipe):
         fail(f"the tokenizer of {name} has a token {largest}, {known}: not a pair")
     context = getattr(text_config, "max_position_embeddings", None)
     if context and recipe.max_length > context:
-        asked = f"--max-length {recipe.max_length}"
-        mend = f"give --max-length {context}"
-        fail(f"{asked} is more than the {context} positions of {name}; {mend}")
+        most = f"the {context} positions of {name}; give --max-length {context}"
+        fail(f"--max-length {recipe.max_length} is more than {most}")
     return tokenizer, text_config.vocab_size
 
 
@@ -68,25 +67,22 @@ def encode(tokenizer, template: str, pair: dict, response=None, max_length=None,
     Exactly one BOS if the tokenizer has one, whatever its template does."""
     # where specials are not parsed, "</s>" in someone's prompt is four characters and no EOS
     literal = not parses_specials(tokenizer, template)
-
-    def ids_of(text: str, literal: bool = literal) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
-
+    tokenise = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=literal)
     room = most_characters(tokenizer, max_length) if max_length else None
     text = render(tokenizer, template, pair["prompt"], pair.get("system", ""))[:room]
     # The prompt's ids do not depend on the response: a template's last spaces go to the response's
     # first token, as in the LM Evaluation Harness. "Response: " + "Yes" and "Response:" + " Yes"
     # are different tokens to most models.
     head = text.rstrip(" ")
-    ids = ids_of(head)
+    ids = tokenise(head)["input_ids"]
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id not in (None, *ids[:1]) else []
     if isinstance(response, str):
         ended = eos and response == response[:room]
         after = text[len(head) :] + response[:room]
-        both = ids_of(head + after)
+        both = tokenise(head + after)["input_ids"]
         apart = both[: len(ids)] != ids  # merged at the boundary
         if apart or not literal and holds_special(tokenizer, response):
-            both = ids + ids_of(after, literal=True)
+            both = ids + tokenise(after, split_special_tokens=True)["input_ids"]
         response = both[len(ids) :] + [tokenizer.eos_token_id] * ended
     response = response or []
     mask = [0] * len(bos + ids) + [1] * len(response)
