@@ -31,7 +31,7 @@ from spin.distributed import (
     barrier,
     catch_sigterm,
     device_mesh,
-    on_any_rank,
+    flags_of_all_ranks,
     process_group,
     sum_over_ranks,
 )
@@ -126,7 +126,7 @@ def train(model, optimizer, pairs, opponent, recipe, iteration, world):
             log(step, passes, norm, rate)
 
             # a checkpoint where one is due, or where the machine is taken away
-            stop = on_any_rank(sigterm, world)
+            stop = flags_of_all_ranks([bool(sigterm)], world).any()
             due = (step + 1) % recipe.checkpoint_every == 0 and step + 1 < len(steps)
             if stop or due:
                 checkpoint.save_checkpoint(iteration, step + 1, model, optimizer, world)
@@ -228,7 +228,8 @@ def step_log(iteration, opponent, recipe, done, steps, world):
             append_jsonl(path, row)
             signs.warn(signs.new_collapse(rows, iteration.t))
         bar.leave = step + 1 == steps
-        bar.set_postfix_str(metrics.in_short(row), refresh=False)
+        shown = [name for name in ("loss", "win_rate", "tokens_per_s") if row[name] is not None]
+        bar.set_postfix({name: row[name] for name in shown}, refresh=False)
         bar.update()
 
     return log

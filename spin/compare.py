@@ -3,9 +3,9 @@
     python -m spin.compare A B [--recipe demo] [--out FILE.json]
     torchrun --nproc_per_node 8 -m spin.compare A B
 
-A, B: transformers folders or hub ids, such as runs/demo/iter0/model. Start it in the repository's
-root. Prints, and writes where --out says, for each figure of COMPARED: "A", "B", "B-A", "interval".
-The intervals are those of a paired bootstrap over prompts (Efron and Tibshirani, 1993)."""
+A, B: folders or hub ids, such as runs/demo/iter0/model. Started in the repository's root. Prints
+(and writes to --out), for each figure of COMPARED, "A", "B", "B-A", and its "interval": a paired
+bootstrap over prompts (Efron and Tibshirani, 1993)."""
 
 import math
 from pathlib import Path
@@ -39,9 +39,10 @@ def main(argv=None):
         if world.rank > 0:
             return
     result = {"A": a, "B": b, **compare(table_a, table_b, recipe.seed)}
-    print(f"A {a}\nB {b}")
-    print(f"{result['n']} held-out prompts; B − A with the 95% interval of", end=" ")
-    print(f"{RESAMPLES:,} paired resamples of them")
+    resamples = f"{RESAMPLES:,} paired resamples of them"
+    print(
+        f"A {a}\nB {b}\n{len(table_a)} held-out prompts; B − A with the 95% interval of {resamples}"
+    )
     for name in COMPARED:
         r = result[name]
         low, high = r["interval"]

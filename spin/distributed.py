@@ -99,11 +99,6 @@ def flags_of_all_ranks(flags: list[bool], world: World) -> torch.Tensor:
     return sum_over_ranks(table).bool()
 
 
-def on_any_rank(caught: list, world: World) -> bool:
-    """Whether this list holds something on any rank; the same answer on all."""
-    return bool(flags_of_all_ranks([bool(caught)], world).any())
-
-
 def device_mesh(replicas: int, world: World):
     """The mesh that FSDP shards over: all ranks, or `replicas` groups that each hold a copy."""
     if world.size % replicas:

@@ -1,5 +1,4 @@
 """Figures of a model, prompt by prompt, on held-out pairs. Used by evaluate.py and compare.py.
-
 Two kinds: what the model makes of the human answers (their probability, its greedy answer, a sample
 of its own), and its game of Eq. (4.7) against an opponent, on prompts that were never trained on.
 Each rank takes its share of the prompts and holds one model at a time."""
@@ -63,7 +62,8 @@ def same_tokens(a: HeldOut, b: HeldOut) -> bool:
 def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, recipe, t: int, world):
     """(N, columns) on every rank, a row of COLUMNS a pair; and on rank 0 the rows of answers.jsonl.
     t: the iteration of the game, which names its λ and the random numbers of y'."""
-    pairs, tokenizer = held_out.pairs, held_out.tokenizer
+    pairs = held_out.pairs
+    tokenizer = held_out.tokenizer
     # longest first, and dealt out in turn, so that all ranks have as much to do
     order = [(-len(pair["real_tokens"][0]), pair["id"], i) for i, pair in enumerate(pairs)]
     mine = [i for *_, i in sorted(order)][world.rank :: world.size]
@@ -71,7 +71,6 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     chunks = [[pairs[i] for i in mine[k : k + recipe.chunk]] for k in starts]
     total = len(chunks) * (2 if opponent else 1)
     bar = tqdm(total=total, desc="evaluate", unit="chunk", disable=world.rank > 0)
-
     # the opponent first: when it has answered and scored, it leaves the memory to the policy
     games = [None] * len(chunks)
     if opponent:
@@ -81,8 +80,9 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     for chunk, game in zip(chunks, games, strict=True):
         rows += figures_of_chunk(model, tokenizer, chunk, game, recipe, t)
         bar.update()
-    shown = pairs[:SHOWN] if world.rank == 0 else []
-    shown = answers_in_words(model, tokenizer, shown, recipe, t + 1)
+    shown = (
+        answers_in_words(model, tokenizer, pairs[:SHOWN], recipe, t + 1) if world.rank == 0 else []
+    )
     table = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float64)
     table[mine] = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
     return sum_over_ranks(table).numpy(), shown  # each row was filled by one rank
@@ -130,7 +130,8 @@ def figures_of_chunk(model, tokenizer, chunk, game: tuple | None, recipe, t: int
 def sample_answers(model, tokenizer, pairs, recipe, t: int | None) -> list[tuple]:
     """The model's own answers to held-out prompts: (ids, why it ended) each.
     At temperature 1, y ~ p_θ(·|x), by the random numbers of iteration t; greedy where t is None."""
-    most, uniform = recipe.max_new_tokens, None
+    most = recipe.max_new_tokens
+    uniform = None
     if t is not None:  # 1: another stream than generate.py's
         uniform = np.stack([uniforms(recipe.seed, t, p["id"], 1, number=most) for p in pairs])
     prompts = [pair["prompt_ids"] for pair in pairs]
@@ -140,7 +141,7 @@ def sample_answers(model, tokenizer, pairs, recipe, t: int | None) -> list[tuple
 def answers_in_words(model, tokenizer, pairs, recipe, t: int) -> list[dict]:
     """The rows of answers.jsonl: samples of the model for the pairs that the report shows."""
     rows = []
-    answers = sample_answers(model, tokenizer, pairs, recipe, t) if pairs else []
+    answers = sample_answers(model, tokenizer, pairs, recipe, t)
     for pair, (ids, finish) in zip(pairs, answers, strict=True):
         row = {"id": pair["id"], "prompt": pair["prompt"], "real": pair["real"], "finish": finish}
         rows.append({**row, "answer": decode(tokenizer, recipe.template, ids)})

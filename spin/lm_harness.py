@@ -1,5 +1,4 @@
 """The paper's benchmarks, by the Language Model Evaluation Harness (lm_eval): evaluate.py --tasks.
-
 lm_eval is imported here and nowhere else, only when it is asked for, and only by its public names;
 prompts, few-shot examples, scoring and standard errors are its own. Data sets come from the hub.
 Without one, start evaluate.py in a folder that holds a copy of each in a folder of its hub id, such
@@ -106,8 +105,7 @@ def count_positions(policy, recipe) -> int | None:
 def as_lm(model, tokenizer, batch: int, world):
     """The model as lm_eval takes it; each rank answers its share of the questions.
     lm_eval asks for these four to be overridden where ranks are not met through Accelerate, which
-    knows the GPUs of one node only (lm_eval.api.model.LM, "distributed communication primitives").
-    """
+    knows the GPUs of one node only (lm_eval.api.model.LM, "communication primitives")."""
 
     class RankedLM(import_lm_eval().models.huggingface.HFLM):
         rank = world.rank
@@ -134,8 +132,8 @@ def figures_of_tasks(lm, manager, benchmarks: list[tuple], limit: int | None) ->
         for name, figures in result["results"].items():
             # of a group its mean, if it has one, else its tasks
             if name == benchmark or benchmark not in result["results"]:
-                found[name] = {"shots": shots, "n": figures.get("sample_len")}
-                found[name]["figures"] = values_and_errors(figures)
+                values = values_and_errors(figures)
+                found[name] = {"shots": shots, "n": figures.get("sample_len"), "figures": values}
         print(import_lm_eval().utils.make_table(result), flush=True)
     return found
 

@@ -46,9 +46,3 @@ def of_step(passes, opponent, recipe) -> dict:
 def opponent_of(rows, opponent, like) -> tuple[torch.Tensor, torch.Tensor]:
     """log p_θt of the rows' real and generated answers, (B,) each, as `like` is."""
     return opponent[[row["index"] for row in rows]].to(like).unbind(1)
-
-
-def in_short(row: dict) -> str:
-    """A row of metrics.jsonl for the progress bar."""
-    names = ("loss", "win_rate", "tokens_per_s")
-    return " ".join(f"{name} {row[name]:.3g}" for name in names if row[name] is not None)

@@ -3,10 +3,9 @@
     python -m spin.mt_bench question.jsonl --model DIR --out NAME.jsonl [--max-new-tokens 1024]
     torchrun --nproc_per_node 8 -m spin.mt_bench question.jsonl --model DIR --out NAME.jsonl
 
-Started in the repository's root. question.jsonl is FastChat's; NAME becomes the model's. A row a
-question: question_id, answer_id, model_id, choices (one, with a text for each turn), tstamp. Up to
---max-new-tokens a turn; FastChat's limit is 1024. The judge is FastChat's too (Table 6, MT-Bench).
-"""
+Started in the repository's root. question.jsonl is FastChat's (its limit: 1024 tokens a turn), and
+so is the judge (Table 6, MT-Bench). NAME becomes the model's. A row a question: question_id,
+answer_id, model_id, choices (one, with a text for each turn), tstamp."""
 
 import hashlib
 import json
@@ -29,7 +28,6 @@ from spin.tokens import decode, encode, load_tokenizer
 
 # FastChat's temperature_config by category, and its 0.7 for the others
 TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
-OTHERWISE = 0.7
 QUESTIONS = ("questions", {"metavar": "QUESTIONS", "help": "MT-Bench's question.jsonl"})
 OUT = ("--out", {"type": Path, "metavar": "NAME.jsonl", "help": "where the answers go"})
 
@@ -99,7 +97,7 @@ def check_room(questions, policy: str, tokenizer, recipe):
 
 def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor:
     """This rank's answers: (questions, turns, --max-new-tokens) of id + 1; 0 where no token is."""
-    temperatures = [TEMPERATURE.get(q.get("category"), OTHERWISE) for q in questions]
+    temperatures = [TEMPERATURE.get(q.get("category"), 0.7) for q in questions]
     turns, most = max(len(q["turns"]) for q in questions), recipe.max_new_tokens
     ids, eos = torch.zeros(len(questions), turns, most, dtype=torch.long), tokenizer.eos_token_id
     said = [[] for _ in questions]  # the answers so far, which the next turn sees

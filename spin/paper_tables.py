@@ -1,7 +1,5 @@
-"""The paper's benchmark figures (Tables 3 to 6 of arXiv 2401.01335v3), and ours beside them.
-
-Used by spin/lm_harness.py, which makes ours, and by the report. The figures themselves are in
-paper_tables.json."""
+"""The paper's benchmark figures (Tables 3 to 6 of arXiv 2401.01335v3, in paper_tables.json), and
+ours beside them. Used by spin/lm_harness.py, which makes ours, and by the report."""
 
 import json
 from pathlib import Path
@@ -9,16 +7,11 @@ from pathlib import Path
 # name: {"tasks": [our column, the harness's task, few-shot examples, the harness's metric],
 #        "models": {model: its figures, in the order of the tasks}, "source"}
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text())
-DIFFERS = (
-    "The paper's harness was older than lm_eval 0.4.13, and prompts and scoring have changed "
-    "since. MMLU is weighted by subject size here. GSM8k is the strict match (the number after "
-    "####)."
-)
+DIFFERS = TABLES.pop("differs")  # in words: why ours and theirs are not quite the same
 
 
 def beside_the_paper(name: str, results: dict) -> tuple[list, list] | None:
     """(columns, rows) of the paper's table `name` with our models above, in percent.
-
     results: {model: {task: …}} as lm_harness gives them. A column is ("Arc", 25, "acc_norm"), the
     last one the mean of all, where all are there. A row is (model, [(value, error), …]).
     None if no figure is there."""
@@ -55,8 +48,9 @@ def text_table(columns, rows) -> list[str]:
     for k, head in enumerate(("", "few-shot examples", "metric")):
         texts.append(f"{head:32}" + "".join(f"{column[k]!s:>15}" for column in columns))
     for model, cells in rows:
-        words = ["–" if c is None else f"{c[0]:.2f}" for c in cells]
-        for i, c in enumerate(cells):
-            words[i] += "" if c is None or c[1] is None else f" ±{c[1]:.2f}"
-        texts.append(f"{model[-32:]:32}" + "".join(f"{word:>15}" for word in words))
+        line = f"{model[-32:]:32}"
+        for value, error in (cell or (None, None) for cell in cells):
+            word = "–" if value is None else f"{value:.2f}"
+            line += f"{word if error is None else f'{word} ±{error:.2f}':>15}"
+        texts.append(line)
     return texts

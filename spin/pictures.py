@@ -46,7 +46,6 @@ def draw_lines(
     dots: bool = True,
 ) -> str:
     """Lines over iterations, with bars of ± one standard error, as the text of an SVG file.
-
     title: not drawn, but read aloud. log: powers of ten on the y axis. ticks: {x: text} below the
     x axis; None: θ_0, θ_1, … dots: False draws lines alone, for many points, with a vertical line
     at each tick. Line i stands in the group with the id line-i."""
@@ -60,19 +59,22 @@ def draw_lines(
             add_line(axes, line, dots, f"line-{number}")
         if log:
             axes.set_yscale("log", nonpositive="clip")
-
-        ticks = ticks or theta_ticks(max(x for line in lines for x, _, _ in line.points))
+        if ticks is None:  # at most nine of them
+            last = max(x for line in lines for x, _, _ in line.points)
+            some = range(0, last + 1, 1 + last // 9)
+            ticks = {t: "θ" + str(t).translate(SUBSCRIPTS) for t in some}
         axes.set_xticks(list(ticks), labels=list(ticks.values()))
         if not dots:
             axes.grid(axis="x")
-
         # One line needs no legend: the axis says what it is.
         if len(lines) > 1:
-            figure.legend(loc="outside upper center", ncols=legend_columns(lines))
-
+            # beside each other if they fit: 52 characters, of which a sample of a line takes seven
+            widths = [len(line.label) + 7 for line in lines]
+            columns = len(lines) if sum(widths) <= 52 else max(1, 52 // max(widths))
+            figure.legend(loc="outside upper center", ncols=columns)
         # No date, and no version of matplotlib: a file in the repository changes with its content.
-        told = {"Title": title, "Date": None, "Creator": None}
         file = io.BytesIO()
+        told = {"Title": title, "Date": None, "Creator": None}
         figure.savefig(file, format="svg", metadata=told)
     return file.getvalue().decode()
 
@@ -86,23 +88,9 @@ def add_line(axes, line: Line, dots: bool, name: str):
         axes.errorbar(x, values, yerr=errors, fmt="none", ecolor=line.colour)
 
 
-def legend_columns(lines: list[Line]) -> int:
-    """All labels beside each other if they fit into the picture, else as many columns as do."""
-    room = 52  # characters, of which a label's sample of its line takes seven
-    widths = [len(line.label) + 7 for line in lines]
-    return len(lines) if sum(widths) <= room else max(1, room // max(widths))
-
-
-def theta_ticks(last: int) -> dict[float, str]:
-    """{t: "θ_t"} up to `last`, at most nine of them."""
-    every = 1 + last // 9
-    return {t: "θ" + str(t).translate(SUBSCRIPTS) for t in range(0, last + 1, every)}
-
-
 def as_image(svg: str, lines: list[Line]) -> dict[str, str]:
-    """src and alt of an <img>: two SVGs in one page itself would share their ids.
-
-    The alternative text says where each line begins and ends."""
+    """src and alt of an <img>: two SVGs in one page itself would share their ids. The alternative
+    text says where each line begins and ends."""
     values = [(line.label, line.points[0][1], line.points[-1][1]) for line in lines]
     ends = [f"{label} from {first:.3g} to {last:.3g}" for label, first, last in values]
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -88,6 +88,7 @@ class Recipe:
 
     def at(self, t: int) -> "Recipe":
         """The recipe of iteration t: lam, lr and mix are numbers in it, not tuples."""
+        # the first t + 1 values end with that of iteration t, or with the one for all later ones
         numbers = {name: getattr(self, name)[: t + 1][-1] for name in ("lam", "lr", "mix")}
         return dataclasses.replace(self, **numbers)
 

@@ -2,10 +2,9 @@
 
     python -m spin.report --recipe demo [--run DIR]    writes summary.json and report.html there
 
-report.html is one self-contained page, made by the template of that name beside this file: it opens
-from disk, without a network. It shows the figures of eval.json, the benchmarks of benchmarks.json
-beside the paper's, the curves of metrics.jsonl, the answers of answers.jsonl, and says in words
-where something known to go wrong is seen."""
+report.html is one self-contained page, made by the template of that name beside this file: figures
+of eval.json, benchmarks beside the paper's, curves of metrics.jsonl, answers of answers.jsonl, and
+in words where something known to go wrong is seen."""
 
 import json
 from pathlib import Path
@@ -23,15 +22,6 @@ from spin.signs import signs_of_trouble, thinned
 RESTORE = "restore it, or choose another --run"
 EVALUATE = "delete it and run evaluate.py again"
 LABELS = {"spin": "SPIN", "sft": "continued SFT, same steps"}
-COLUMNS = {  # figures of eval.json and what the page calls them
-    "expected_exact_match": "expected exact match",
-    "greedy_exact_match": "greedy exact match",
-    "nll_per_token": "NLL per token (nats)",
-    "win_rate": "win rate",
-    "margin": "margin",
-    "eos_rate": "ends by EOS",
-    "mean_length": "mean length (tokens)",
-}
 CURVES = {  # of metrics.jsonl: a picture's axis and its keys
     "loss": ("loss, ℓ of the margin", ["loss"]),
     "margin": ("margin (λ·nats)", ["margin"]),
@@ -129,15 +119,14 @@ def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
     results = summary.get("benchmarks") or {}
     tables = [paper_tables.beside_the_paper(table, results) for table in paper_tables.TABLES]
     given = {"name": name, "summary": summary, "problems": problems, "shown": shown}
-    given |= {"columns": COLUMNS, "models": list(named_models(summary)), "curves": curves(steps)}
-    given["charts"] = {
-        key: chart(summary, key) for key in ("expected_exact_match", "nll_per_token")
-    }
+    given |= {"models": list(named_models(summary)), "curves": curves(steps)}
+    charts = {"expected_exact_match": "expected exact match", "nll_per_token": "nats per token"}
+    given["charts"] = {key: chart(summary, key, name) for key, name in charts.items()}
     given |= {"benchmarks": [table for table in tables if table], "differs": paper_tables.DIFFERS}
     return environment.get_template("report.html").render(given)
 
 
-def chart(summary: dict, key: str) -> dict:
+def chart(summary: dict, key: str, axis: str) -> dict:
     """The picture of a figure of eval.json: a line for each objective that has it."""
     lines = []
     for (objective, label), style in zip(LABELS.items(), STYLES, strict=False):
@@ -147,7 +136,7 @@ def chart(summary: dict, key: str) -> dict:
                 points.append((t, figures[key], figures.get(f"{key}_stderr") or 0))
         if points:
             lines.append(Line(label, points, *style))
-    return as_image(draw_lines(COLUMNS[key], lines, "model", COLUMNS[key]), lines)
+    return as_image(draw_lines(axis, lines, "model", axis), lines)
 
 
 def curves(steps: list[list[dict]]) -> dict[str, dict]:

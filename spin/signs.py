@@ -29,12 +29,10 @@ def ended_alike(rows) -> str | None:
 
 
 def new_collapse(rows, t: int) -> str | None:
-    """all_less_likely of the latest five rows of iteration t, where it was never to be said of
-    earlier ones."""
+    """all_less_likely of the latest five rows of iteration t, if it held of no earlier ones."""
     found = all_less_likely(rows[-5:])
-    if found and not any(all_less_likely(rows[i : i + 5]) for i in range(len(rows) - 5)):
-        return f"step {rows[-1]['step']} of iteration {t}: {found}"
-    return None
+    known = any(all_less_likely(rows[i : i + 5]) for i in range(len(rows) - 5)) if found else True
+    return None if known else f"step {rows[-1]['step']} of iteration {t}: {found}"
 
 
 def all_less_likely(rows) -> str | None:
@@ -54,7 +52,6 @@ def all_less_likely(rows) -> str | None:
 
 def signs_of_trouble(summary: dict, steps: list[list[dict]]) -> list[str]:
     """What is known to go wrong and is seen in a run, a sentence or two each.
-
     summary: "recipe" and, under "spin", the eval.json of θ_0, θ_1, … steps: the rows of
     metrics.jsonl, iteration by iteration. An iteration is judged by the last tenth of its steps."""
     start = LOSS_AT_0[summary["recipe"].get("ell", "logistic")]
@@ -78,12 +75,10 @@ def signs_of_trouble(summary: dict, steps: list[list[dict]]) -> list[str]:
                     "A lower learning rate, a larger λ or fewer epochs help."
                 )
             found += drifting_lengths(t + 1, models, human)
-    for t, figures in enumerate(models):
-        if figures["eos_rate"] < 0.9:
-            found.append(
-                f"θ_{t}: {1 - figures['eos_rate']:.0%} of its answers were cut off at "
-                "--max-new-tokens; they have no end to learn from."
-            )
+    for t, share in enumerate(1 - figures["eos_rate"] for figures in models):
+        if share > 0.1:
+            cut = f"θ_{t}: {share:.0%} of its answers were cut off at --max-new-tokens"
+            found.append(f"{cut}; they have no end to learn from.")
     return found
 
 
