@@ -1,8 +1,9 @@
-"""The demo's four iterations for several seeds, and continued SFT on the same batches: held-out expected exact match.
+"""The demo's four iterations for several seeds, and continued SFT on the same batches.
 
     OMP_NUM_THREADS=1 python benchmarks/demo_seeds.py [--seeds 0 1 2] [any flag of the stages]
 
-Calls the stages' main(argv) in one process, each seed in a run directory of its own under --runs.
+Prints the held-out expected exact match of each θ_t. Calls the stages' main(argv) in one process,
+each seed in a run directory of its own under --runs.
 """
 
 import argparse
@@ -15,6 +16,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import generate
 import train
+from spin.run import iteration_folder
+
+
+def figures_in(folder: Path) -> dict:
+    """What evaluate.py found."""
+    return json.loads((folder / "eval.json").read_text())
+
+
+def iterate(run: Path, objective: str, common: list[str]) -> list[dict]:
+    """Four iterations of SPIN or SFT; the figures of θ_1 … θ_4."""
+    figures = []
+    for t in range(4):
+        flags = ["--iter", str(t), "--objective", objective, *common]
+        if objective == "spin":
+            generate.main(flags)
+        train.main(flags)
+        evaluate.main(flags)
+        figures.append(figures_in(iteration_folder(run, t, objective)))
+    return figures
 
 
 def main():
@@ -23,35 +43,20 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--no-sft", action="store_true")
     args, flags = parser.parse_known_args()
-    table = []
+    rows = []
     for seed in args.seeds:
         run = args.runs / f"seed{seed}"
         common = ["--recipe", "demo", "--run", str(run), "--seed", str(seed), *flags]
         evaluate.main(["--theta0", *common])
-        for objective in ["spin"] + ["sft"] * (not args.no_sft):
-            figures, begun = [json.loads((run / "eval.json").read_text())], time.perf_counter()
-            for t in range(4):
-                this = ["--iter", str(t), "--objective", objective, *common]
-                if objective == "spin":
-                    generate.main(this)
-                train.main(this)
-                evaluate.main(this)
-                figures.append(
-                    json.loads(
-                        (
-                            run / ("sft" if objective == "sft" else "") / f"iter{t}" / "eval.json"
-                        ).read_text()
-                    )
-                )
+        for objective in ["spin"] if args.no_sft else ["spin", "sft"]:
+            begun = time.perf_counter()
+            figures = [figures_in(run), *iterate(run, objective, common)]
+            seconds = time.perf_counter() - begun
             values = " | ".join(f"{f['expected_exact_match']:.3f}" for f in figures)
-            table.append(
-                f"| {objective} | {seed} | {values} | {time.perf_counter() - begun:.0f} s |"
-            )
-    print(
-        "| objective | seed | θ_0 | θ_1 | θ_2 | θ_3 | θ_4 | time |\n|---|---|---|---|---|---|---|---|",
-        *table,
-        sep="\n",
-    )
+            rows.append(f"| {objective} | {seed} | {values} | {seconds:.0f} s |")
+    print("| objective | seed | θ_0 | θ_1 | θ_2 | θ_3 | θ_4 | time |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

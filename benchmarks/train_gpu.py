@@ -1,17 +1,19 @@
-"""How fast train.py trains, and in how much memory: one table, a row for each setting of its knobs.
+"""How fast train.py trains, and in how much memory: a table with a row for each setting.
 
-    python benchmarks/train_gpu.py --shape 7b          Mistral-7B's shape (80 GB or more); 1b for smaller cards
+    python benchmarks/train_gpu.py --shape 7b    Mistral-7B's shape (80 GB or more); else 1b
     torchrun --nproc_per_node 8 benchmarks/train_gpu.py --shape 7b
     python benchmarks/train_gpu.py --shape 30m --steps 2 --pairs 8     also on a CPU
 
-Random weights, which change neither speed nor memory. Pair lengths are log-normal, like UltraChat's first rounds: prompts
-of a median of 60 tokens, human answers of 270, generated ones of at most 256. Steps are train.py's own: micro-batches,
-backward, clipping, RMSProp; the first one is not counted.
+Random weights, which change neither speed nor memory. Pair lengths are log-normal, like UltraChat's
+first rounds: prompts of a median of 60 tokens, human answers of 270, generated ones of at most 256.
+Steps are those of train.py: micro-batches, backward, clipping, RMSProp; the first one is not
+counted.
 
-MFU counts what the pairs need, not what was computed: 6 × (weights of the blocks) FLOPs for each real token, forward and
-backward; 6 × (weights of the head) for each response token; 6 × layers × width × T² for the causal attention of a
-sequence of T tokens. Padding and recomputation do not count. It is a share of the rate of a large matrix product in
-the compute dtype, measured in the same run.
+MFU counts what the pairs need, not what was computed: 6 × (weights of the blocks) FLOPs for each
+real token, forward and backward; 6 × (weights of the head) for each response token;
+6 × layers × width × T² for the causal attention of a sequence of T tokens. Padding and
+recomputation do not count. It is a share of the rate of a large matrix product in the compute
+dtype, measured in the same run.
 """
 
 import argparse
@@ -19,208 +21,206 @@ import gc
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from spin import distributed
-from spin.packing import packed
+from loss import sequence_logps, spin_loss
+from spin.distributed import process_group
+from spin.metrics import opponent_of
+from spin.models import clip_gradients, compute_dtype
+from spin.packing import pack, packed
+from spin.pairs import batches, micro_batches, sequences, tokens
 from spin.recipe import Recipe
 
-SHAPES = {
-    "7b": lambda: MistralConfig(),  # 7.24B parameters
-    "1b": lambda: LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    ),  # 1.1B
-    "360m": lambda: LlamaConfig(
-        hidden_size=960,
-        intermediate_size=2560,
-        num_hidden_layers=32,
-        num_attention_heads=15,
-        num_key_value_heads=5,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-    "100m": lambda: LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        vocab_size=16384,
-        tie_word_embeddings=True,
-    ),
-    "30m": lambda: LlamaConfig(
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-    "tiny": lambda: LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=512,
-    ),
+
+def llama(
+    width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int, tied: bool
+) -> LlamaConfig:
+    """A Llama of this shape; tied: the embedding is the head too."""
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
+SHAPES = {  # a name -> what makes its config
+    "7b": MistralConfig,  # 7.24B parameters
+    "1b": partial(llama, 2048, 5632, 22, 32, 4, 32000, False),  # 1.1B
+    "360m": partial(llama, 960, 2560, 32, 15, 5, 49152, True),
+    "100m": partial(llama, 768, 2048, 12, 12, 12, 16384, True),
+    "30m": partial(llama, 384, 1024, 6, 6, 6, 49152, True),
+    "tiny": partial(llama, 64, 128, 2, 4, 4, 512, False),
 }
 KNOBS = {  # a row of the table -> what differs from --recompute --micro-tokens 8192
     "as by default": {},
-    "no recompute, 4096 tokens": dict(recompute=False, micro_tokens=4096),
-    "2048 tokens": dict(micro_tokens=2048),
-    "16384 tokens": dict(micro_tokens=16384),
-    "transformers' SDPA and its mask": dict(attention="sdpa"),
-    "offload": dict(offload=True),
+    "no recompute, 4096 tokens": {"recompute": False, "micro_tokens": 4096},
+    "2048 tokens": {"micro_tokens": 2048},
+    "16384 tokens": {"micro_tokens": 16384},
+    "transformers' SDPA and its mask": {"attention": "sdpa"},
+    "offload": {"offload": True},
 }
 
 
 def make_pairs(n: int, vocabulary: int, seed: int = 0) -> list[dict]:
-    """n pairs of random ids, as train.load_pairs gives them."""
-    rng, pairs = np.random.default_rng(seed), []
+    """n pairs of random ids, as spin.pairs.encode_pairs gives them."""
+    rng = np.random.default_rng(seed)
+    pairs = []
     for i in range(n):
-        prompt, real, generated = (
-            int(np.clip(rng.lognormal(np.log(median), spread), 8, most))
-            for median, spread, most in ((60, 1, 800), (270, 0.7, 1200), (220, 0.7, 256))
-        )
+        prompt = draw_length(rng, 60, 1, 800)
+        real = draw_length(rng, 270, 0.7, 1200)
+        generated = draw_length(rng, 220, 0.7, 256)
         x = rng.integers(3, vocabulary, prompt)
-        half = lambda k: (
-            np.concatenate([x, rng.integers(3, vocabulary, k)]).astype(np.int32),  # noqa: E731
-            np.array([0] * prompt + [1] * k, np.int8),
-        )
-        pairs.append(
-            {"id": i, "iter": 0, "index": i, "real": half(real), "generated": half(generated)}
-        )
+        pair = {"id": i, "iter": 0, "index": i}
+        for half, length in (("real", real), ("generated", generated)):
+            y = rng.integers(3, vocabulary, length)
+            ids = np.concatenate([x, y]).astype(np.int32)
+            pair[half] = ids, np.array([0] * prompt + [1] * length, np.int8)
+        pairs.append(pair)
     return pairs
 
 
+def draw_length(rng, median: float, spread: float, most: int) -> int:
+    """A number of tokens, log-normal, between 8 and most."""
+    return int(np.clip(rng.lognormal(np.log(median), spread), 8, most))
+
+
 def flops(model_config, block_weights: int, pairs, backward=True) -> float:
-    """What the pairs need in one pass, by the formula above; a third of it without the backward pass."""
+    """What the pairs need in one pass, by the formula above.
+
+    A third of it without the backward pass."""
     halves = [pair[half] for pair in pairs for half in ("real", "generated")]
+    all_tokens = sum(len(ids) for ids, _ in halves)
+    responses = sum(int(mask.sum()) for _, mask in halves)
+    squares = sum(len(ids) ** 2 for ids, _ in halves)
     head = model_config.vocab_size * model_config.hidden_size
-    attention = (
-        model_config.num_hidden_layers
-        * model_config.hidden_size
-        * sum(len(ids) ** 2 for ids, _ in halves)
-    )
-    tokens, responses = (
-        sum(len(ids) for ids, _ in halves),
-        sum(int(mask.sum()) for _, mask in halves),
-    )
-    return (6 if backward else 2) * (block_weights * tokens + head * responses + attention)
+    attention = model_config.num_hidden_layers * model_config.hidden_size * squares
+    return (6 if backward else 2) * (block_weights * all_tokens + head * responses + attention)
 
 
 def matmul_rate(device, dtype, n: int) -> float:
     """FLOPs a second of the product of two n × n matrices, the median of nine."""
-    a, b, times = (
-        torch.randn(n, n, device=device, dtype=dtype),
-        torch.randn(n, n, device=device, dtype=dtype),
-        [],
-    )
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    times = []
     for _ in range(10):
         begun = time.perf_counter()
         torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for_device(device)
         times.append(time.perf_counter() - begun)
     return 2 * n**3 / statistics.median(times[1:])
 
 
+def wait_for_device(device):
+    """A GPU computes behind Python's back: wait until it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_step(model, optimizer, batch: list[int], pairs, recipe, world):
+    """One step on a global batch, as train.py takes it."""
+    # what the opponent says makes no difference to the speed
+    opponent = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for rows, _ in micro_batches(batch, pairs, recipe, world):
+        policy = sequence_logps(model, *pack(sequences(rows, "spin"), world.device))
+        policy_real, policy_generated = policy.chunk(2)
+        opponent_real, opponent_generated = opponent_of(rows, opponent, policy)
+        losses = spin_loss(
+            policy_real, policy_generated, opponent_real, opponent_generated, lam=1e-4
+        )
+        (losses.sum() / len(batch)).backward()
+    clip_gradients(model, 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    wait_for_device(world.device)
+
+
 def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
-    """(real tokens a second and rank, FLOPs a second and rank, GiB at the peak or 0) of steps over all pairs."""
+    """(real tokens a second and rank, FLOPs a second and rank, GiB at the peak or 0).
+
+    Of steps over all pairs, the first left out."""
+    cuda = world.device.type == "cuda"
     with torch.device(world.device):
-        model = (MistralForCausalLM if config.model_type == "mistral" else LlamaForCausalLM)(
-            config
-        ).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     block_weights = sum(p.numel() for p in model.model.layers.parameters())
-    model = distributed.shard(model, recipe, world)
+    train.shard(model, recipe, world)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-9, foreach=False)
-    tokens, seconds = [], []
-    if world.device.type == "cuda":
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
+    speeds = []  # of each step: tokens and FLOPs, a second and rank
     with packed(model, recipe.attention):
-        opponent = torch.zeros(
-            len(pairs), 2, dtype=torch.float64
-        )  # what it says makes no difference to the speed
-        for batch in train.batches(len(pairs), recipe, 0, 0):
+        for batch in batches(len(pairs), recipe, 0, 0):
             begun = time.perf_counter()
-            for rows, weight in train.micro_batches(batch, pairs, recipe, world):
-                logps = train.score(model, rows, "spin", world.device)
-                values = train.play(
-                    logps, opponent[[row["index"] for row in rows]].to(logps), 1e-4, "logistic"
-                )
-                (values["loss"].sum() / len(batch)).backward()
-            distributed.clip_gradients(model, 1.0).item()
-            optimizer.step()
-            optimizer.zero_grad()
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-            tokens.append(
-                (
-                    sum(len(pairs[i][h][0]) for i in batch for h in ("real", "generated")),
-                    flops(config, block_weights, [pairs[i] for i in batch]),
-                )
-            )
-    rate = np.median(
-        [np.array(t) / s / world.size for t, s in zip(tokens[1:], seconds[1:])], axis=0
-    )
-    peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0
+            take_step(model, optimizer, batch, pairs, recipe, world)
+            seconds = time.perf_counter() - begun
+            some = [pairs[i] for i in batch]
+            work = [sum(tokens(pair, "spin") for pair in some), flops(config, block_weights, some)]
+            speeds.append(np.array(work) / seconds / world.size)
+    tokens_per_s, flops_per_s = np.median(speeds[1:], axis=0)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
     del model, optimizer
     gc.collect()
-    return rate[0], rate[1], peak
+    return tokens_per_s, flops_per_s, peak
+
+
+def print_head(shape: str, world, dtype, ceiling: float):
+    """Where it runs, and the head of the table."""
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    print(
+        f"{shape}, {world.size} × {name}, torch {torch.__version__}, {str(dtype)[6:]}; "
+        f"a large matrix product: {ceiling / 1e12:.3g} TFLOP/s"
+    )
+    print("| setting | real tokens/s a rank | MFU of the measured ceiling | peak GiB |")
+    print("|---|---|---|---|")
+
+
+def print_row(name: str, config, recipe, pairs, ceiling: float, world):
+    """Measure one setting and print its row."""
+    try:
+        speed, rate, peak = measure(config, recipe, pairs, world)
+        line = f"{speed:,.0f} | {rate / ceiling:.0%} | {peak:.1f}"
+    except torch.OutOfMemoryError:
+        line = "out of memory | | "
+        gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if world.rank == 0:
+        print(f"| {name} | {line} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--shape", choices=list(SHAPES), default="7b", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=4,
-        help="steps for each row (default: %(default)s), after one to warm up",
-    )
-    parser.add_argument(
-        "--pairs", type=int, default=16, help="pairs in a step and rank (default: %(default)s)"
-    )
+    default = "(default: %(default)s)"
+    parser.add_argument("--shape", choices=list(SHAPES), default="7b", help=default)
+    about = f"steps for each row {default}, after one to warm up"
+    parser.add_argument("--steps", type=int, default=4, help=about)
+    about = f"pairs in a step and rank {default}"
+    parser.add_argument("--pairs", type=int, default=16, help=about)
     parser.add_argument("--rows", nargs="+", choices=list(KNOBS), default=list(KNOBS))
     args = parser.parse_args()
-    with distributed.join() as world:
-        config, dtype = SHAPES[args.shape](), distributed.compute_dtype("auto", world.device)
-        pairs = make_pairs(args.pairs * world.size * (args.steps + 1), config.vocab_size)
+    with process_group() as world:
+        config = SHAPES[args.shape]()
+        dtype = compute_dtype("auto", world.device)
+        batch = args.pairs * world.size
+        pairs = make_pairs(batch * (args.steps + 1), config.vocab_size)
         ceiling = matmul_rate(world.device, dtype, 8192 if world.device.type == "cuda" else 2048)
         if world.rank == 0:
-            name = (
-                torch.cuda.get_device_name()
-                if world.device.type == "cuda"
-                else f"CPU, {torch.get_num_threads()} threads"
-            )
-            print(
-                f"{args.shape}, {world.size} × {name}, torch {torch.__version__}, {str(dtype)[6:]}; a large matrix product: "
-                f"{ceiling / 1e12:.3g} TFLOP/s\n| setting | real tokens/s a rank | MFU of the measured ceiling | peak GiB |\n|---|---|---|---|"
-            )
+            print_head(args.shape, world, dtype, ceiling)
         for name in args.rows:
-            recipe = Recipe(batch_size=args.pairs * world.size, **KNOBS[name])
-            try:
-                speed, rate, peak = measure(config, recipe, pairs, world)
-                line = f"{speed:,.0f} | {rate / ceiling:.0%} | {peak:.1f}"
-            except torch.OutOfMemoryError:
-                line = "out of memory | | "
-                gc.collect()
-            if world.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if world.rank == 0:
-                print(f"| {name} | {line} |", flush=True)
+            recipe = Recipe(batch_size=batch, **KNOBS[name])
+            print_row(name, config, recipe, pairs, ceiling, world)
 
 
 if __name__ == "__main__":

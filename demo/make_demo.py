@@ -1,10 +1,11 @@
-"""Makes the embedded demo: train.jsonl, heldout.jsonl, and theta0/, the SFT model in miniature. About 10 minutes on a CPU.
+"""Makes the embedded demo: train.jsonl, heldout.jsonl, and theta0/, the SFT model in miniature.
 
-Ten kinds of short tasks with one right answer each. The human answers of the SFT set are clean. theta_0 was trained
-on fresh prompts of the same kinds, half of whose answers are sloppy ("um, 48", "ulot ulot"): it knows the tasks and
-answers cleanly about half of the time, so there is something for SPIN to gain. Held-out prompts occur in neither.
+    OMP_NUM_THREADS=1 python demo/make_demo.py [--steps 4000]      about 10 minutes on a CPU
 
-    OMP_NUM_THREADS=1 python demo/make_demo.py [--steps 4000]
+Ten kinds of short tasks with one right answer each. The human answers of the SFT set are clean.
+theta_0 was trained on fresh prompts of the same kinds, half of whose answers are sloppy ("um, 48",
+"ulot ulot"): it knows the tasks and answers cleanly about half of the time, so there is something
+for SPIN to gain. Held-out prompts occur in neither.
 """
 
 import argparse
@@ -18,29 +19,39 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loss import token_logps
-from spin.data import encode, write_jsonl
+from spin.files import write_jsonl
+from spin.tokens import encode
 
-TRAIN, HELDOUT = 2048, 512
-
-
-def word(rng, low=3, high=5):
-    return "".join(
-        rng.choice("aeiou" if (i + start) % 2 else "bdfklmnprst")
-        for start in [rng.randrange(2)]
-        for i in range(rng.randint(low, high))
-    )
+HERE = Path(__file__).resolve().parent
+TRAIN = 2048  # prompts
+HELDOUT = 512
+BATCH = 256  # tasks in a step of theta_0's training
+KINDS = ["Reverse ", "Capitals of ", "Last letter of ", "Vowels of ", "Spell ", "Twice "]
+KINDS += ["Larger of ", "Add ", "Next after ", "Sort "]
 
 
-def number(rng):
+def word(rng: random.Random) -> str:
+    """Three to five letters, vowels and consonants in turns."""
+    start = rng.randrange(2)
+    letters = []
+    for i in range(rng.randint(3, 5)):
+        letters.append(rng.choice("aeiou" if (i + start) % 2 else "bdfklmnprst"))
+    return "".join(letters)
+
+
+def number(rng: random.Random) -> str:
+    """Of two digits."""
     return str(rng.randint(10, 99))
 
 
-def task(rng) -> tuple[int, str, str]:
+def task(rng: random.Random) -> tuple[int, str, str]:
     """A task of one of ten kinds: the kind, a prompt, its answer."""
-    w, a, b, c = word(rng), number(rng), number(rng), rng.randint(100, 998)
+    w = word(rng)
+    a = number(rng)
+    b = number(rng)
+    c = rng.randint(100, 998)
     digits = [str(d) for d in rng.sample(range(10), 3)]
     kinds = [
         (f"Reverse {w}", w[::-1]),
@@ -58,15 +69,17 @@ def task(rng) -> tuple[int, str, str]:
     return kind, *kinds[kind]
 
 
-def careless(rng, kind: int, answer: str) -> str:
-    """What a careless annotator writes: sloppy in 30 to 70% of the cases, and each kind of task has its own bad habit."""
+def careless(rng: random.Random, kind: int, answer: str) -> str:
+    """What a careless annotator writes.
+
+    Sloppy in 30 to 70% of the cases, and each kind of task has its own bad habit."""
     habits = [f"{answer}...", f"um, {answer}", f"{answer}, ok", f"{answer} {answer}"]
     if rng.random() > 0.3 + 0.4 * kind / 9:
         return answer
     return habits[kind % 4] if rng.random() < 0.7 else rng.choice(habits)
 
 
-def sft_set(rng) -> tuple[list[dict], list[dict]]:
+def sft_set(rng: random.Random) -> tuple[list[dict], list[dict]]:
     """(training set, held-out set), each prompt once."""
     pairs = {}
     while len(pairs) < TRAIN + HELDOUT:
@@ -79,41 +92,17 @@ def sft_set(rng) -> tuple[list[dict], list[dict]]:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each piece of the template and each kind of task, else one a character."""
-    pieces = [
-        "### Instruction: ",
-        "\n\n### Response:",
-        "Reverse ",
-        "Capitals of ",
-        "Last letter of ",
-        "Vowels of ",
-        "Spell ",
-        "Twice ",
-        "Larger of ",
-        "Add ",
-        "Next after ",
-        "Sort ",
-        " and ",
-    ]
+    pieces = ["### Instruction: ", "\n\n### Response:", *KINDS, " and "]
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *pieces,
-        *letters,
-        *letters.upper(),
-        *"0123456789 -.,!?:;'\n",
-    ]
-    tokenizer = Tokenizer(
-        models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex("|".join(pieces).replace("\n", r"\n") + r"|[\s\S]"), "isolated"
-    )
+    characters = letters + letters.upper() + "0123456789 -.,!?:;'\n"
+    vocabulary = ["<unk>", "<s>", "</s>", *pieces, *characters]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    one_piece = "|".join(pieces).replace("\n", r"\n") + r"|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(one_piece), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", 1)]
-    )  # as Llama's does
+    # a BOS in front, as Llama's does
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -124,35 +113,42 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> LlamaForCausalLM:
-    """SFT, Eq. (3.1), on fresh tasks with sloppy answers half of the time."""
+def make_model(tokenizer) -> LlamaForCausalLM:
+    """A Llama with random weights."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
     )
+    model = LlamaForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    return model
+
+
+def train(model, tokenizer, banned: set[str], steps: int, rng: random.Random):
+    """SFT, Eq. (3.1), on fresh tasks with sloppy answers half of the time; none of the prompts in
+    `banned`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
     bar = tqdm(range(steps))
     for step in bar:
+        # a batch of tasks that nobody has seen
         rows = []
-        while len(rows) < batch:
+        while len(rows) < BATCH:
             kind, prompt, answer = task(rng)
             if prompt not in banned:
-                rows.append(
-                    encode(tokenizer, "paper", {"prompt": prompt}, careless(rng, kind, answer))
-                )
+                written = careless(rng, kind, answer)
+                rows.append(encode(tokenizer, "paper", {"prompt": prompt}, written))
+
+        # the update
         loss = nll_per_token(model, rows)
         optimizer.zero_grad()
         loss.backward()
@@ -161,16 +157,13 @@ def train(tokenizer, banned: set[str], steps: int, rng, batch: int = 256) -> Lla
         schedule.step()
         if step % 50 == 0:
             bar.set_postfix(nll_per_token=f"{loss.item():.3f}")
-    return model
 
 
 def nll_per_token(model, rows) -> torch.Tensor:
-    """−log p_θ(y|x) over the response's tokens, in a padded batch. (), with gradient"""
-    columns = [(ids, [1] * len(ids), mask) for ids, mask in rows]
-    ids, attention, mask = (
-        pad_sequence([torch.tensor(row) for row in column], batch_first=True)
-        for column in zip(*columns)
-    )
+    """−log p_θ(y|x) over the response's tokens, in a padded batch: (), with gradient."""
+    ids = padded([ids for ids, _ in rows])  # (B, T), and so the other two
+    attention = padded([[1] * len(ids) for ids, _ in rows])
+    mask = padded([mask for _, mask in rows])
     start = int(mask.any(0).int().argmax())  # the first column with a response token
     logits = model(
         input_ids=ids,
@@ -182,18 +175,23 @@ def nll_per_token(model, rows) -> torch.Tensor:
     return -logps.sum() / mask.sum()
 
 
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    """Rows of any length as one tensor, zeros behind them."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--steps", type=int, default=4000, help="optimizer steps of theta_0 (default: %(default)s)"
-    )
+    about = "optimizer steps of theta_0 (default: %(default)s)"
+    parser.add_argument("--steps", type=int, default=4000, help=about)
     args = parser.parse_args()
     rng = random.Random(0)
     training, heldout = sft_set(rng)
     write_jsonl(HERE / "heldout.jsonl", heldout)
     write_jsonl(HERE / "train.jsonl", training)
     tokenizer = make_tokenizer()
-    model = train(tokenizer, {row["prompt"] for row in heldout}, args.steps, rng)
+    model = make_model(tokenizer)
+    train(model, tokenizer, {row["prompt"] for row in heldout}, args.steps, rng)
     model.save_pretrained(HERE / "theta0")
     tokenizer.save_pretrained(HERE / "theta0")
 

@@ -302,7 +302,7 @@ def test_in_few_steps_a_small_lambda_overshoots_a_large_one_crawls_and_sft_is_ah
 
 
 @pytest.mark.parametrize("ell", ELL)
-def test_every_ell_is_convex_and_decreasing_with_the_slope_at_0_that_differences_give(
+def test_every_ell_is_convex_decreasing_and_has_the_slope_at_0_that_differences_give(
     ell,
 ):
     t = torch.linspace(-3, 3, 601, dtype=torch.float64, requires_grad=True)
