@@ -13,6 +13,7 @@ resumes from the last checkpoint; on the CPU with the same ranks and threads it 
 bytes as an uninterrupted run.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -94,8 +95,8 @@ def train(model, optimizer, pairs, opponent, recipe, iteration, world):
     ell = recipe.ell
     steps = all_batches(len(pairs), recipe, iteration.t)
     done = checkpoint.load_checkpoint(iteration, model, optimizer)
-    with catch_sigterm() as sigterm:
-        log = step_log(iteration, opponent, recipe, done, len(steps), world)
+    logging = step_log(iteration, opponent, recipe, done, len(steps), world)
+    with catch_sigterm() as sigterm, logging as log:
         for step in range(done, len(steps)):
             rate = learning_rate(step, len(steps), recipe.lr, recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
@@ -205,8 +206,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
 
 
+@contextlib.contextmanager
 def step_log(iteration, opponent, recipe, done, steps, world):
-    """A function that logs a step: a line of metrics.jsonl, the progress bar, a warning once."""
+    """Yields a function that logs a step: a line of metrics.jsonl, the progress bar, a warning."""
     path = iteration.folder / "metrics.jsonl"
     if world.rank == 0:
         checkpoint.cut_metrics(path, done)
@@ -232,16 +234,15 @@ def step_log(iteration, opponent, recipe, done, steps, world):
         bar.set_postfix({name: row[name] for name in shown}, refresh=False)
         bar.update()
 
-    return log
+    with bar:  # closed, however the steps end
+        yield log
 
 
 def leave_after(step, steps, world):
     """Leave as if SIGTERM had ended the process."""
     if world.rank == 0:
-        print(
-            f"\nSIGTERM: stopped after step {step} of {steps}; the same command goes on from there",
-            file=sys.stderr,
-        )
+        stopped = f"SIGTERM: stopped after step {step} of {steps}"
+        print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
     raise SystemExit(143)
 
 

@@ -32,6 +32,7 @@ def test_two_models_are_compared_prompt_by_prompt(played, tmp_path, capsys):
     assert "95% interval" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_two_ranks_compare_as_one_does(played, tmp_path):
     flags = [THETA0, played / "iter0" / "model", *MICRO, "--out"]
     done = torchrun(2, "spin.compare", *flags, tmp_path / "two.json")

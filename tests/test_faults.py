@@ -39,12 +39,23 @@ def error_lines(err: str) -> list[str]:
     return re.findall("^error: .*", err, re.MULTILINE)
 
 
-def test_ten_random_faults_end_with_the_same_bytes_or_a_named_refusal():
-    """The long form, 60 of them with one rank and two, is the script's default."""
-    flags = ["--faults", "10", "--ranks", "1", "--seed", "1", "--workers", "2"]
+def random_faults(number: int) -> str:
+    """The last lines of benchmarks/faults.py with so many faults and one rank."""
+    flags = ["--faults", number, "--ranks", "1", "--seed", "1", "--workers", "2"]
     done = shell(sys.executable, "benchmarks/faults.py", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 faults, 0 that ended in any other way" in done.stdout, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_random_faults_end_with_the_same_bytes_or_a_named_refusal():
+    """The short form of the next test."""
+    assert "2 faults, 0 that ended in any other way" in random_faults(2)
+
+
+@pytest.mark.long
+def test_ten_random_faults_end_with_the_same_bytes_or_a_named_refusal():
+    """The long form, 60 of them with one rank and two, is the script's default."""
+    assert "10 faults, 0 that ended in any other way" in random_faults(10)
 
 
 # ---- a machine that is taken away, a disk that is full, a rank that dies -------------------------
@@ -90,6 +101,7 @@ def test_sigterm_makes_training_checkpoint_after_its_step_and_the_end_is_the_sam
     assert weights(run / "iter0") == weights(calm / "iter0")
 
 
+@pytest.mark.long
 def test_sigterm_to_torchrun_or_to_the_loop_reaches_the_ranks(played, tmp_path):
     flags = [*MICRO, "--checkpoint-every", "999", "--epochs", "20"]
     ranks = fresh(played, tmp_path / "ranks")
@@ -168,6 +180,7 @@ def test_a_full_disk_is_one_line_where_no_ranks_have_met_too(name, played, tmp_p
     assert stop.value.code == 2 and "make room" in line and not out.exists()
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_takes_the_job_down_within_a_minute_with_its_own_message(played, tmp_path):
     run = fresh(played, tmp_path)
     script = tmp_path / "dying.py"

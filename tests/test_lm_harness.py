@@ -314,6 +314,7 @@ def test_the_table_stands_beside_the_papers_row_for_row():
     assert paper_tables.beside_the_paper("paper", {"mine": one})[1][0][1] == [(50, 3)] + [None] * 6
 
 
+@pytest.mark.long
 def test_two_ranks_give_the_benchmarks_of_one(ours, data, in_data, long_theta, tmp_path):
     """11 questions do not divide by 2; lm_eval by itself would give both ranks all, on a CPU."""
     asked = ["truthfulqa_mc2", "--limit", "11"]
@@ -327,6 +328,7 @@ def test_two_ranks_give_the_benchmarks_of_one(ours, data, in_data, long_theta, t
     assert done.stdout.count("truthfulqa_mc2") == 1  # rank 0 alone speaks
 
 
+@pytest.mark.long
 def test_the_further_tasks_run_with_the_papers_few_shot_examples(in_data, long_theta, tmp_path):
     found = run_tasks(long_theta, tmp_path / "out.json", "extra", "--limit", "1")["tasks"]
     assert [found[task]["shots"] for _, task, _, _ in EXTRA] == [3, 3, 3, 1]

@@ -103,6 +103,7 @@ def test_the_second_turn_sees_the_first(long_theta, tmp_path, monkeypatch, token
     assert second.count(bos) == first.count(bos) <= 1
 
 
+@pytest.mark.long
 def test_two_ranks_write_the_mt_bench_answers_of_one(long_theta, tmp_path, questions):
     flags = [questions, *MICRO, "--model", str(long_theta), "--out"]
     done = torchrun(2, "spin.mt_bench", *flags, tmp_path / "two.jsonl")

@@ -228,6 +228,7 @@ def gradients_of_pairs(model, few, lam) -> torch.Tensor:
     return torch.stack(gradients)
 
 
+@pytest.mark.long
 def test_the_generated_response_adds_noise_of_lambda_squared_over_4_that_falls_with_the_batch(
     model,
 ):

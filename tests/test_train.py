@@ -178,7 +178,13 @@ def test_the_losses_are_those_of_algorithm_1_written_out_in_plain_pytorch(played
 
 
 @pytest.mark.parametrize(
-    "ranks, flags", [(2, []), (4, []), (4, ["--replicas", "2", "--recompute"]), (2, ["--offload"])]
+    "ranks, flags",
+    [
+        (2, []),
+        pytest.param(4, [], marks=pytest.mark.long),
+        pytest.param(4, ["--replicas", "2", "--recompute"], marks=pytest.mark.long),
+        (2, ["--offload"]),
+    ],
 )
 def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(
     played, tmp_path, ranks, flags
@@ -270,7 +276,9 @@ def die_at(moment, monkeypatch):
         monkeypatch.setattr(checkpoint, "export", in_export)
 
 
-@pytest.mark.parametrize("moment", ["step 3", "checkpoint 4", "export"])
+@pytest.mark.parametrize(
+    "moment", ["step 3", pytest.param("checkpoint 4", marks=pytest.mark.long), "export"]
+)
 def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypatch, moment):
     run = fresh(played, tmp_path, (0, 1))
     die_at(moment, monkeypatch)
@@ -288,6 +296,7 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
     assert not (run / "iter1" / "checkpoint").exists()
 
 
+@pytest.mark.long
 def test_a_run_begun_on_two_ranks_goes_on_with_one_on_the_same_batches(played, tmp_path):
     """Killed after the checkpoint of step 4: the losses are those of the undisturbed run on one
     rank."""
@@ -575,6 +584,7 @@ def test_published_pairs_that_repeat_or_cannot_be_used_are_left_out_and_counted(
     assert "text of a special token: 1" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_eight_ranks_train_the_demo_recipe_on_the_cpu(played, tmp_path):
     run = fresh(played, tmp_path)
     flags = ["--run", run, "--iter", "0", "--epochs", "1", "--batch-size", "40"]

@@ -24,7 +24,7 @@ from spin.tokens import render
 DPO = ["--lam", "0.5", "--lr", "1e-4"]
 
 
-@pytest.mark.parametrize("beforehand", [True, False])
+@pytest.mark.parametrize("beforehand", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_twenty_losses_are_those_of_trls_dpo_trainer_on_the_same_ids(tmp_path, beforehand):
     recipe = Recipe(batch_size=8, epochs=1, lam=(0.5,), lr=(1e-4,), warmup=0.1)
     recipe = dataclasses.replace(recipe, micro_tokens=128, recompute=False)
