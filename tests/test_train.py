@@ -527,7 +527,7 @@ def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_
     real = train.train
 
     def watched(model, *rest):
-        wrapped.append(sum(isinstance(m, models.CheckpointWrapper) for m in model.modules()))
+        wrapped.append(sum(isinstance(m, models.wrap.CheckpointWrapper) for m in model.modules()))
         return real(model, *rest)
 
     monkeypatch.setattr(train, "train", watched)
