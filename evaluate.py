@@ -35,7 +35,7 @@ from spin.selection import counts_line
 FLAGS = (
     ("--iter", {"type": int, "help": "evaluate what iteration t made"}),
     ("--theta0", {"action": "store_true", "help": "evaluate theta_0"}),
-    ("--opponent", {"help": "with --model: the model that plays y'"}),
+    ("--opponent", {"help": "with --model: the model that answers y'"}),
     ("--tasks", {"nargs": "+", "metavar": "NAME", "help": "paper, extra, or lm_eval's own"}),
     ("--limit", {"type": int, "help": "with --tasks: at most so many questions a task"}),
     ("--out", {"type": Path, "help": "with --model: write the result to this file"}),
@@ -97,7 +97,7 @@ def check_flags(args):
 
 
 def whom_to_evaluate(recipe, args):
-    """(policy, opponent or None, iteration t whose λ the game has, file to write or None)."""
+    """(policy, opponent or None, t of the game's λ and random numbers, file to write or None)."""
     run, t = args.run, args.iter
     if t is None and not args.theta0:
         opponent = args.opponent and checks.model_folder(args.opponent)

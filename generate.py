@@ -1,6 +1,6 @@
 """Stage 1 of an iteration: the opponent answers every prompt, y'_i ~ p_θt(·|x_i).
 
-Algorithm 1, lines 2 to 4.
+Algorithm 1's inner loop.
 
     python generate.py --iter 0 --recipe demo
     torchrun --nproc_per_node 8 generate.py --iter 0
@@ -41,28 +41,28 @@ def main(argv=None):
     out = iteration_folder(run, t) / "generated.jsonl"
     parts_folder = out.with_name("generated.part")
     if out.exists():
-        shutil.rmtree(parts_folder, ignore_errors=True)  # a kill may have come between
+        shutil.rmtree(parts_folder, ignore_errors=True)  # left if killed after the merge
         return print(f"{out} is there already: nothing to do")
-    opponent = starting_model(recipe, run, t)
-    tokenizer, _ = load_tokenizer(opponent, recipe)
+    theta_t = starting_model(recipe, run, t)
+    tokenizer, _ = load_tokenizer(theta_t, recipe)
     rows = read_rows(recipe.data, recipe.split)
     pairs, left_out = select(rows, recipe.data, tokenizer, recipe, recipe.num_prompts)
-    prompts = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
+    seal = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
     # fixed chunks, the longest prompts first: a memory failure comes at once
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))
     chunks = [pairs[i : i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [parts_folder / f"{k:06}.jsonl" for k in range(len(chunks))]
-    done = chunks_done(parts, chunks, opponent, recipe.revision)
+    done = chunks_done(parts, chunks, theta_t, recipe.revision)
 
     with process_group() as world:
-        model = load_frozen(opponent, recipe, world)
+        model = load_frozen(theta_t, recipe, world)
         barrier()  # nobody writes before everybody has seen what is missing and has its model
         parts_folder.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:
-            print(f"theta_{t} ({opponent}) answers {len(pairs)} prompts ({counts_line(left_out)})")
+            print(f"theta_{t} ({theta_t}) answers {len(pairs)} prompts ({counts_line(left_out)})")
             save_recipe(recipe, run)
-            write_whole(run / "prompts.json", prompts)
-            made_by = {"model": hash_of_model(opponent, recipe.revision)}
+            write_whole(run / "prompts.json", seal)
+            made_by = {"model": hash_of_model(theta_t, recipe.revision)}
             write_json(out.with_suffix(".json"), made_by)
 
         # a free rank takes the next chunk
@@ -70,7 +70,7 @@ def main(argv=None):
         for k in next_chunk(len(chunks)):
             if k not in done:
                 write_jsonl(parts[k], answer(model, tokenizer, chunks[k], recipe, t))
-            bar.update(k + 1 - bar.n)  # those before k are taken too, by any rank
+            bar.update(k + 1 - bar.n)  # chunks 0 … k are all taken, by this rank or another
         bar.close()
         barrier()
         if world.rank == 0:
@@ -100,7 +100,7 @@ def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
     for pair, (ids, finish) in zip(chunk, answers, strict=True):
         row = {"id": pair["id"], "iter": t}
         row |= {name: pair[name] for name in ("system", "prompt", "real") if name in pair}
-        # the sampled ids too: decoded and encoded again they would be split otherwise
+        # the ids too: the decoded text, encoded again, may split into other tokens
         row |= {"generated": decode(tokenizer, recipe.template, ids), "generated_ids": ids}
         rows.append({**row, "finish": finish})
     return rows

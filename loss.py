@@ -40,10 +40,10 @@ def spin_loss(
 def spin_margin(
     policy_real, policy_generated, opponent_real, opponent_generated, lam: float = 0.1
 ) -> torch.Tensor:
-    """The argument of ℓ in Eq. (4.7): f(x, y) − f(x, y') with f = λ log p_θ/p_θt (4.6).
+    """The argument of ℓ in Eq. (4.7): f(x, y) − f(x, y') with f = λ log(p_θ/p_θt) (4.6).
 
     Shapes as in spin_loss."""
-    # log p_θ(y|x) / p_θt(y|x), and the same of y'
+    # log(p_θ(y|x) / p_θt(y|x)), and the same of y'
     logratio_real = at_least_fp32(policy_real) - at_least_fp32(opponent_real)
     logratio_generated = at_least_fp32(policy_generated) - at_least_fp32(opponent_generated)
     return lam * logratio_real - lam * logratio_generated
@@ -80,7 +80,7 @@ def sequence_logps(
         max_length_q=max(lengths),
         max_length_k=max(lengths),
         use_cache=False,
-        # the token before predicts each; no logits for prompts: vocabulary × prompt is waste
+        # token i is predicted at i − 1; no other logits: vocabulary × prompt is waste
         logits_to_keep=response - 1,
     ).logits.squeeze(0)  # (K, V)
     logps = token_logps(logits, input_ids[0, response])  # (K,)

@@ -9,7 +9,7 @@
 # on a shared disk.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$here/spin/launch.sh" "$@"  # finds GPUs, ranks and nodes; $run $iterations $baseline
+source "$here/spin/launch.sh" "$@"  # $run $iterations $baseline $recipe $flags $did, and stage
 
 # stage RESULT SCRIPT FLAGS…: runs a stage on all ranks, or skips it where its result is there
 stage eval.json evaluate.py --theta0
@@ -23,6 +23,7 @@ for ((t = 0; t < iterations; t++)); do
   fi
 done
 
+# not empty: the report is missing, or older than a result
 newer=$(find "$run" \( -name eval.json -o -name benchmarks.json \) -newer "$run/report.html" \
   2>/dev/null || echo all)
 if [[ $did == 0 && -z $newer ]]; then

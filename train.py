@@ -55,71 +55,71 @@ def main(argv=None):
     checks.before_training(recipe, run, t, args.pairs)
     out = iteration_folder(run, t, recipe.objective)
     if (out / "model").is_dir():
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)  # a kill may have come between
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)  # left if killed after the export
         return print(f"{out / 'model'} is there already: nothing to do")
-    start = starting_model(recipe, run, t, recipe.objective)
-    tokenizer, vocabulary = load_tokenizer(start, recipe)
+    theta_t = starting_model(recipe, run, t, recipe.objective)
+    tokenizer, vocabulary = load_tokenizer(theta_t, recipe)
     pairs = encode_pairs(rows_to_train_on(recipe, args, tokenizer, vocabulary), tokenizer, recipe)
-    iteration = Iteration(t, out, made_from(start, pairs, recipe))
-    checkpoint.latest_step(iteration)  # refuses one of other pairs
+    iteration = Iteration(t, out, made_from(theta_t, pairs, recipe))
+    checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
     knobs = recipe.at(t)  # λ and the learning rate are numbers from here on
 
     with process_group() as world:
-        model, folder = load_empty(start, recipe, world)
+        model, folder = load_empty(theta_t, recipe, world)
         shard(model, recipe, world)
         read_weights(model, folder, recipe, world)
-        # Appendix B.1: no weight decay. foreach would make temporaries as large as the rank's part
-        # of the model
+        # lr: set at each step. Appendix B.1: no weight decay. foreach would make temporaries as
+        # large as the rank's part of the model
         optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         barrier()  # nobody writes before everybody has its model
         with packed(model, recipe.attention):
             if world.rank == 0:
-                print(f"theta_{t} ({start}) trains on {len(pairs)} pairs, {recipe.objective}")
+                print(f"theta_{t} ({theta_t}) trains on {len(pairs)} pairs, {recipe.objective}")
                 save_recipe(recipe, run)
             out.mkdir(parents=True, exist_ok=True)
-            opponent = None
+            scores = None
             if recipe.objective == "spin":
-                opponent = frozen_scores(model, pairs, knobs, iteration, world)
-            train(model, optimizer, pairs, opponent, knobs, iteration, world)
-            with catch_sigterm():  # it waits until the model is written
+                scores = frozen_scores(model, pairs, knobs, iteration, world)
+            train(model, optimizer, pairs, scores, knobs, iteration, world)
+            with catch_sigterm():  # SIGTERM has to wait until θ_{t+1} is written
                 checkpoint.export(model, tokenizer, out / "model", world)
         if world.rank == 0:
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
             print(f"{out / 'model'}: theta_{t + 1}")
 
 
-def train(model, optimizer, pairs, opponent, recipe, iteration, world):
+def train(model, optimizer, pairs, scores, recipe, iteration, world):
     """Steps of RMSProp on (4.7) from the newest checkpoint on: θ_t in, θ_{t+1} out, in place.
-    opponent (N, 2): log p_θt of each pair's real and generated answer; None for SFT."""
-    lam = recipe.lam
-    ell = recipe.ell
-    steps = all_batches(len(pairs), recipe, iteration.t)
+    scores (N, 2): the opponent's log p_θt of each pair's real and generated answer; SFT: None."""
+    lam, ell = recipe.lam, recipe.ell  # of (4.7)
+    schedule = all_batches(len(pairs), recipe, iteration.t)
+    steps = len(schedule)
     done = checkpoint.load_checkpoint(iteration, model, optimizer)
-    logging = step_log(iteration, opponent, recipe, done, len(steps), world)
+    logging = step_log(iteration, scores, recipe, done, steps, world)
     with catch_sigterm() as sigterm, logging as log:
-        for step in range(done, len(steps)):
-            rate = learning_rate(step, len(steps), recipe.lr, recipe.warmup)
+        for step in range(done, steps):
+            rate = learning_rate(step, steps, recipe.lr, recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
 
             # the gradient of the mean loss over the global batch, a micro-batch at a time
             passes = []
-            for rows, weight in micro_batches(steps[step], pairs, recipe, world):
-                row = pack(sequences(rows, recipe.objective), world.device)
-                policy = sequence_logps(model, *row)  # log p_θ, of the real answers first
+            for some, weight in micro_batches(schedule[step], pairs, recipe, world):
+                inputs = pack(sequences(some, recipe.objective), world.device)
+                policy = sequence_logps(model, *inputs)  # log p_θ(y|x) of all, then of y'
                 if recipe.objective == "sft":
                     losses = sft_loss(policy)  # Eq. (3.1)
                 else:
                     policy_real, policy_generated = policy.chunk(2)
-                    opponent_real, opponent_generated = metrics.opponent_of(rows, opponent, policy)
+                    opponent_real, opponent_generated = metrics.opponent_of(some, scores, policy)
                     losses = spin_loss(  # Eq. (4.7)
                         policy_real, policy_generated, opponent_real, opponent_generated, lam, ell
                     )
-                # FSDP averages over ranks, which may hold different numbers of pairs: so weigh
-                mean = (losses * weight.to(world.device)).sum() * world.size / len(steps[step])
-                mean.backward()
-                passes.append((rows, weight, losses.detach(), policy.detach()))
+                # FSDP divides by world.size: so the ranks' shares add up to the global mean
+                share = (losses * weight.to(world.device)).sum() * world.size / len(schedule[step])
+                share.backward()
+                passes.append((some, weight, losses.detach(), policy.detach()))
 
-            # the update; a step that went wrong is not kept
+            # the update; NaN or infinity ends the run here, before anything is saved
             norm = clip_gradients(model, recipe.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -128,11 +128,11 @@ def train(model, optimizer, pairs, opponent, recipe, iteration, world):
 
             # a checkpoint where one is due, or where the machine is taken away
             stop = flags_of_all_ranks([bool(sigterm)], world).any()
-            due = (step + 1) % recipe.checkpoint_every == 0 and step + 1 < len(steps)
+            due = (step + 1) % recipe.checkpoint_every == 0 and step + 1 < steps
             if stop or due:
                 checkpoint.save_checkpoint(iteration, step + 1, model, optimizer, world)
             if stop:
-                leave_after(step, len(steps), world)
+                leave_after(step, steps, world)
 
 
 def shard(model, recipe, world):
@@ -167,8 +167,8 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
     very micro-batches of the first epoch: the same shapes through the same kernels give the same
     bits, so the first margins are zero in bf16 too."""
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    some = batches(len(pairs), recipe, t, epoch)
-    for batch in tqdm(some, desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
+    first_epoch = batches(len(pairs), recipe, t, epoch)
+    for batch in tqdm(first_epoch, desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
         for rows, weight in micro_batches(batch, pairs, recipe, world):
             logps = sequence_logps(model, *pack(sequences(rows, "spin"), world.device))
             logps = logps.view(2, -1).T.double().cpu()  # (B, 2)
@@ -207,7 +207,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 @contextlib.contextmanager
-def step_log(iteration, opponent, recipe, done, steps, world):
+def step_log(iteration, scores, recipe, done, steps, world):
     """Yields a function that logs a step: a line of metrics.jsonl, the progress bar, a warning."""
     path = iteration.folder / "metrics.jsonl"
     if world.rank == 0:
@@ -221,7 +221,7 @@ def step_log(iteration, opponent, recipe, done, steps, world):
     def log(step, passes, norm, rate):
         nonlocal begun
         row = {"step": step, "epoch": step * recipe.epochs // steps}
-        row |= metrics.of_step(passes, opponent, recipe)
+        row |= metrics.of_step(passes, scores, recipe)
         row |= {"grad_norm": norm.item(), "lr": rate}
         row["tokens_per_s"] = row.pop("tokens") / (time.perf_counter() - begun)
         begun = time.perf_counter()

@@ -37,7 +37,7 @@ COLUMNS = (
 class HeldOut:
     """Held-out pairs as one model's tokenizer sees them."""
 
-    pairs: list[dict]  # as data.select gives them, with "real_tokens": ids and response mask of y
+    pairs: list[dict]  # as selection.select gives them, with "real_tokens": y's ids and mask
     tokenizer: object
     counts: dict  # of the rows that were left out, by reason
 

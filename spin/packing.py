@@ -26,7 +26,7 @@ def pack(sequences, device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 
 
 def balanced_bins(sizes: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
-    """Indices of sizes in bins of at most `budget`, or of one that is larger alone.
+    """Indices of sizes, in bins that hold at most `budget`, or one size that is above it.
     As few and as even as may be, their number a multiple of `multiple`. Longest first, each into
     the emptiest bin. The fullest bins come first, so neighbours are alike; some may be empty."""
     total = sum(min(size, budget) for size in sizes)
@@ -73,9 +73,9 @@ def packed_attention(
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)  # of q's, of k's
+        ranges = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)  # of q's, of k's
         sides = (window - 1 if window else -1, 0)  # to the right nothing: causal
-        out = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=sides)
+        out = varlen_attn(q, k, v, *ranges, scale=scaling, window_size=sides)
     else:
         out = _padded_attention(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, window)
     return out[None], None
@@ -101,8 +101,8 @@ AttentionInterface.register("packed", packed_attention)
 
 @contextlib.contextmanager
 def packed(model, attention: str = "auto"):
-    """Inside the `with`, model(…) wants packed rows, if --attention is auto; FlashAttention-2 takes
-    both. Ends with one line where layers pass on information by other ways than attention."""
+    """Inside the `with`, --attention auto means packed_attention, for packed rows only; the others
+    tell sequences apart by positions. Refuses layers that pass on information by other ways."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention"}
     if not model._supports_attention_backend or model._is_stateful or other:

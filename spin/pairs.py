@@ -72,9 +72,9 @@ def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
 
 
 def micro_batches(batch, pairs, recipe, world):
-    """This rank's part of a global batch, in micro-batches: (rows, weight (B,)) each.
-    Ranks and micro-batches get equal numbers of tokens, as near as may be, at most --micro-tokens.
-    All make equally many passes, as FSDP must: for want of pairs the shortest has weight 0."""
+    """This rank's part of a global batch, in micro-batches: (pairs, weight (B,)) each, of at most
+    --micro-tokens or one longer pair, evenly filled. FSDP needs equally many passes on all ranks:
+    one that has no pairs left passes the batch's shortest pair with weight 0."""
     sizes = [tokens(pairs[i], recipe.objective) for i in batch]
     shortest = sizes.index(min(sizes))
     bins = balanced_bins(sizes, recipe.micro_tokens, world.size)

@@ -24,15 +24,15 @@ def pick_token(logits, uniform, temperature: float = 1.0, top_p: float = 1.0) ->
     scores = logits.float() / temperature  # (B, V)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    # near 1, fp32 would swallow every token rarer than 6e-8
+    # float64: near 1, adding less than 6e-8 would not change an fp32 sum: rare tokens were lost
     cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # uniform < 1, so there is always such a token
+    # times the total, which rounding leaves off 1: some token always exceeds it
     return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
 class Slots(DynamicLayer):
-    """The keys and values of one layer: an answer lies in its slot from column 0 on.
-    transformers fixes what update is told, so forward_in_slots says which pass comes next."""
+    """The keys and values of one layer: prompt, then answer, in its slot from column 0 on.
+    transformers fixes update's arguments: forward_in_slots sets first, columns, width before."""
 
     def __init__(self, slots: int, length: int):
         super().__init__()
@@ -63,7 +63,7 @@ def keeps_every_key(model, length: int) -> bool:
         wide = type(layer) is DynamicSlidingWindowLayer and length <= layer.sliding_window
         if not wide and type(layer) is not DynamicLayer:
             return False
-    # the angles of these two follow the longest row of the batch
+    # 'dynamic' and 'longrope' compute their angles from the longest row of the batch
     rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
     fixed = "'dynamic'" not in rope and "'longrope'" not in rope
     return fixed and "position_ids" in inspect.signature(model.forward).parameters
@@ -87,8 +87,8 @@ def forward_in_slots(model, cache, ids, first: int, columns, width: int) -> torc
 
 
 def enter(model, cache, prompts: list[list[int]], first: int):
-    """Write the keys and values of new prompts into the slots from `first` on: all but each
-    prompt's last token, which then goes the way of any other."""
+    """Write the keys and values of new prompts into the slots from `first` on, without each
+    prompt's last token: the loop feeds that one, as it feeds every sampled token."""
     longest = max(map(len, prompts)) - 1
     if longest:
         # the padding is written over later
@@ -111,7 +111,7 @@ def close_gaps(cache, state, done, width: int):
 
 
 def decode_in_slots(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots):
-    """The ids sampled for each prompt: up to the EOS, and EOS behind it, max_new_tokens each.
+    """max_new_tokens ids for each prompt: those sampled, then EOS to fill the row.
     When a prompt enters and which slot it has depends on the arguments and the answers only."""
     slots = min(slots, len(prompts))
     length = max(map(len, prompts)) + max_new_tokens
