@@ -29,5 +29,5 @@ newer=$(find "$run" \( -name eval.json -o -name benchmarks.json \) -newer "$run/
 if [[ $did == 0 && -z $newer ]]; then
   echo "nothing to do: $run is complete, see $run/report.html"
 elif [[ ${NODE_RANK:-0} == 0 ]]; then
-  "$python" -m spin.report --recipe "$recipe" --run "$run" "${flags[@]}"
+  "$python" -m spin.report --recipe "$recipe" --run "$run" ${flags[@]+"${flags[@]}"}
 fi

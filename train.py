@@ -98,9 +98,9 @@ def train(model, optimizer, pairs, scores, recipe, iteration, world):
     logging = step_log(iteration, scores, recipe, done, steps, world)
     with catch_sigterm() as sigterm, logging as log:
         for step in range(done, steps):
+            begun = time.perf_counter()
             rate = learning_rate(step, steps, recipe.lr, recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
-
             # the gradient of the mean loss over the global batch, a micro-batch at a time
             passes = []
             for some, weight in micro_batches(schedule[step], pairs, recipe, world):
@@ -124,7 +124,7 @@ def train(model, optimizer, pairs, scores, recipe, iteration, world):
             optimizer.step()
             optimizer.zero_grad()
             checks.finite(step, passes, norm, model, pairs, iteration, world)
-            log(step, passes, norm, rate)
+            log(step, passes, norm, rate, begun)
 
             # a checkpoint where one is due, or where the machine is taken away
             stop = flags_of_all_ranks([bool(sigterm)], world).any()
@@ -216,15 +216,12 @@ def step_log(iteration, scores, recipe, done, steps, world):
     bar = tqdm(desc=name, unit="step", initial=done, total=steps, disable=world.rank > 0)
     bar.leave = False  # it is not drawn again below the line that says what ended it
     rows = []
-    begun = time.perf_counter()
 
-    def log(step, passes, norm, rate):
-        nonlocal begun
+    def log(step, passes, norm, rate, begun):
         row = {"step": step, "epoch": step * recipe.epochs // steps}
         row |= metrics.of_step(passes, scores, recipe)
         row |= {"grad_norm": norm.item(), "lr": rate}
         row["tokens_per_s"] = row.pop("tokens") / (time.perf_counter() - begun)
-        begun = time.perf_counter()
         rows.append(row)
         if world.rank == 0:
             append_jsonl(path, row)

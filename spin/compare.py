@@ -2,7 +2,6 @@
 
     python -m spin.compare A B [--recipe demo] [--out FILE.json]
     torchrun --nproc_per_node 8 -m spin.compare A B
-
 A, B: folders or hub ids, such as runs/demo/iter0/model. Started in the repository's root. Prints
 (and writes to --out), for each figure of COMPARED, "A", "B", "B-A", and its "interval": a paired
 bootstrap over prompts (Efron and Tibshirani, 1993)."""

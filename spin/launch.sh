@@ -42,7 +42,7 @@ stage() {  # also where a kill has left what a finished stage clears away
   [[ $script == train.py ]] && rest=checkpoint
   [[ -e $run/$result && ! -e $run/${result%/*}/$rest ]] && return
   did=1
-  "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" "${flags[@]}" "$@" & child=$!
+  "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" ${flags[@]+"${flags[@]}"} "$@" & child=$!
   wait "$child"
 }
 # bash would die alone: the stage is told, and may checkpoint before it leaves

@@ -78,25 +78,27 @@ def load_empty(name: str, recipe, world: World):
     Where the names in the files are not the modules' (transformers renames or merges weights of
     some families), or files or weights lie there that it would not read, every rank lets
     transformers read the whole model into host memory first."""
+    revision = revision_of(name, recipe)
     files = ["*.json", "model*.safetensors"]
+    folder = name
     try:
         if not Path(name).is_dir():
-            name = snapshot_download(name, revision=revision_of(name, recipe), allow_patterns=files)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            folder = snapshot_download(name, revision=revision, allow_patterns=files)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         how = {"dtype": torch.float32, "attn_implementation": attention_name(recipe, world)}
         with register_module_parameter_registration_hook(_on_meta):
             model = AutoModelForCausalLM.from_config(config, **how).eval()
-        if (Path(name) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(name)
-        stored = HuggingFaceStorageReader(name).read_metadata().state_dict_metadata
+        if (Path(folder) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
     except Exception as problem:
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     second = second_names(model)
     shapes = {n: w.shape for n, w in model.state_dict().items() if n not in second}
     same = shapes == {n: w.size for n, w in stored.items()}
-    if not same or weight_files(Path(name)) != sorted(Path(name).glob("*.safetensors")):
-        return load_whole(name, recipe, world, torch.float32), name
-    return model, name
+    if not same or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
+        return load_whole(name, recipe, world, torch.float32), folder
+    return model, folder
 
 
 def read_weights(model, folder: str, recipe, world: World):

@@ -2,7 +2,6 @@
 
     python -m spin.mt_bench question.jsonl --model DIR --out NAME.jsonl [--max-new-tokens 1024]
     torchrun --nproc_per_node 8 -m spin.mt_bench question.jsonl --model DIR --out NAME.jsonl
-
 Started in the repository's root. question.jsonl is FastChat's (its limit: 1024 tokens a turn), and
 so is the judge (Table 6, MT-Bench). NAME becomes the model's. A row a question: question_id,
 answer_id, model_id, choices (one, with a text for each turn), tstamp."""

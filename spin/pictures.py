@@ -2,7 +2,6 @@
 
     line = Line("SPIN", [(0, 0.50, 0.01), (1, 0.71, 0.01)])
     svg = draw_lines("Exact match", [line], "iteration", "probability")
-
 No stage imports this file. matplotlib's Figure is used without pyplot, so nothing needs a screen,
 and no setting of the user's changes a picture: the same input gives the same bytes."""
 

@@ -28,6 +28,7 @@ def select(rows, source: str, tokenizer, recipe, number: int) -> tuple[list[dict
         if len(pairs) == number:
             break
         pair = {**to_pair(rows[index], f"{source}, row {index + 1}"), "id": index}
+        pair.pop("generated", None)  # an SFT set's own y' is neither used nor judged
         counts["read"] += 1
         prompt = (pair.get("system", ""), pair["prompt"])
         reason = _why_not(pair, "duplicate prompt" if prompt in seen else None, tokenizer, recipe)

@@ -279,3 +279,15 @@ def test_a_prompt_of_no_tokens_is_left_out_for_nothing_would_predict_the_first_t
 def test_no_usable_rows_is_refused_with_the_counts(tokenizer, refused):
     rows = [{"prompt": "", "response": "x"}] * 2
     assert "empty prompt or response: 2" in refused(lambda: selected(rows, tokenizer))
+
+
+def test_an_sft_set_that_has_answers_of_an_opponent_too_is_not_judged_by_them(tokenizer):
+    """Empty, or a special token spelt out: only train.py --pairs uses them."""
+    bare = [{"prompt": f"Spell {word}", "real": word} for word in ("tin", "kola", "bel", "amu")]
+    poor = [
+        {**row, "generated": text} for row, text in zip(bare, ("", "</s>", " ", "x"), strict=True)
+    ]
+    ids = [[pair["id"] for pair in selected(rows, tokenizer)[0]] for rows in (bare, poor)]
+    assert ids[0] == ids[1] and len(ids[0]) == 4
+    empty = [{**bare[0], "response": ""}, *bare[1:]]  # control
+    assert len(selected(empty, tokenizer)[0]) == 3
