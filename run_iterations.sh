@@ -9,7 +9,7 @@
 # on a shared disk.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$here/spin/launch.sh" "$@"  # $run $iterations $baseline $recipe $flags $did, and stage
+source "$here/spin/launch.sh" "$@"  # $run $iterations $baseline $flags $did, and stage
 
 # stage RESULT SCRIPT FLAGS…: runs a stage on all ranks, or skips it where its result is there
 stage eval.json evaluate.py --theta0
@@ -29,5 +29,5 @@ newer=$(find "$run" \( -name eval.json -o -name benchmarks.json \) -newer "$run/
 if [[ $did == 0 && -z $newer ]]; then
   echo "nothing to do: $run is complete, see $run/report.html"
 elif [[ ${NODE_RANK:-0} == 0 ]]; then
-  "$python" -m spin.report --recipe "$recipe" --run "$run" ${flags[@]+"${flags[@]}"}
+  "$python" -m spin.report "${flags[@]}" --run "$run"
 fi

@@ -3,7 +3,7 @@ python=${PYTHON:-python}
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 recipe=paper
 if [[ $# -gt 0 && $1 != -* ]]; then recipe=$1; shift; fi
-flags=("$@")
+flags=(--recipe "$recipe" "$@")  # never empty, which bash 3.2 would call unbound
 for flag in "$@"; do  # what the loop decides itself
   case $flag in --recipe*|--objective*|--iter|--iter=*|--pairs*|--theta0)
     echo "error: $flag is not for run_iterations.sh: name the recipe first (demo, small, paper)," \
@@ -21,7 +21,7 @@ if [[ $recipe == paper && $((gpus * nodes)) -lt 8 ]]; then
     "'bash run_iterations.sh demo' runs on any laptop" >&2
   exit 2
 fi
-plan=$("$python" -m spin.checks --recipe "$recipe" "$@") || exit $?
+plan=$("$python" -m spin.checks "${flags[@]}") || exit $?
 IFS=$'\t' read -r run iterations baseline <<<"$plan"
 
 ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
@@ -42,7 +42,7 @@ stage() {  # also where a kill has left what a finished stage clears away
   [[ $script == train.py ]] && rest=checkpoint
   [[ -e $run/$result && ! -e $run/${result%/*}/$rest ]] && return
   did=1
-  "${launch[@]}" "$here/$script" --recipe "$recipe" --run "$run" ${flags[@]+"${flags[@]}"} "$@" & child=$!
+  "${launch[@]}" "$here/$script" "${flags[@]}" --run "$run" "$@" & child=$!
   wait "$child"
 }
 # bash would die alone: the stage is told, and may checkpoint before it leaves

@@ -283,11 +283,11 @@ def test_no_usable_rows_is_refused_with_the_counts(tokenizer, refused):
 
 def test_an_sft_set_that_has_answers_of_an_opponent_too_is_not_judged_by_them(tokenizer):
     """Empty, or a special token spelt out: only train.py --pairs uses them."""
-    bare = [{"prompt": f"Spell {word}", "real": word} for word in ("tin", "kola", "bel", "amu")]
-    poor = [
-        {**row, "generated": text} for row, text in zip(bare, ("", "</s>", " ", "x"), strict=True)
-    ]
+    bare = [{"prompt": f"Spell {w}", "response": w} for w in ("tin", "kola", "bel", "amu")]
+    poor = []
+    for row, answer in zip(bare, ("", "</s>", " ", "x"), strict=True):
+        poor.append({"prompt": row["prompt"], "real": row["response"], "generated": answer})
     ids = [[pair["id"] for pair in selected(rows, tokenizer)[0]] for rows in (bare, poor)]
     assert ids[0] == ids[1] and len(ids[0]) == 4
-    empty = [{**bare[0], "response": ""}, *bare[1:]]  # control
-    assert len(selected(empty, tokenizer)[0]) == 3
+    poor[3]["real"] = ""  # control
+    assert len(selected(poor, tokenizer)[0]) == 3
