@@ -149,7 +149,7 @@ def files_not_there(root: Path) -> list[str]:
     for file, function in re.findall(r"`([\w/]+\.py)`: `(\w+)`", readme):
         path = root / file
         code = path.read_text(encoding="utf-8") if path.exists() else ""
-        if not re.search(rf"^def {function}\(", code, re.MULTILINE):
+        if not re.search(rf"^(def|class) {function}\b", code, re.MULTILINE):
             wrong.append(f"{file}: {function}")
     return wrong
 
