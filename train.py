@@ -118,6 +118,7 @@ def train(model, optimizer, pairs, scores, recipe, iteration, world):
                 share = (losses * weight.to(world.device)).sum() * world.size / len(schedule[step])
                 share.backward()
                 passes.append((some, weight, losses.detach(), policy.detach()))
+                losses = policy = policy_real = policy_generated = share = None  # frees the graph
 
             # the update; NaN or infinity ends the run here, before anything is saved
             norm = clip_gradients(model, recipe.clip)
@@ -125,7 +126,6 @@ def train(model, optimizer, pairs, scores, recipe, iteration, world):
             optimizer.zero_grad()
             checks.finite(step, passes, norm, model, pairs, iteration, world)
             log(step, passes, norm, rate, begun)
-
             # a checkpoint where one is due, or where the machine is taken away
             stop = flags_of_all_ranks([bool(sigterm)], world).any()
             due = (step + 1) % recipe.checkpoint_every == 0 and step + 1 < steps
