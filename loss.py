@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 # ℓ of Assumption 5.1: convex, decreasing, ℓ'(0) < 0. Each maps a margin t of any shape to a loss of
-# that shape. The paper trains with the logistic one: it is non-negative, smooth, and its tail keeps
-# f from growing without bound. The exponential overflows fp32 (to inf) for t < -88.7.
+# that shape. The paper trains with the logistic one: it is non-negative, smooth, and its flat tail
+# keeps f of (4.6) from growing without bound. The exponential overflows fp32 (inf) for t < -88.7.
 ELL = {
     "logistic": lambda t: F.softplus(-t),  # log(1 + exp(-t)), stable for any t
     "hinge": lambda t: F.relu(1 - t),
@@ -55,7 +55,7 @@ def sft_loss(policy_real: torch.Tensor) -> torch.Tensor:
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """fp32, or wider where x is: in bf16 neighbouring numbers near 256 are 2.0 apart."""
+    """fp32, or wider where x is: in bf16 neighbouring numbers from 256 on are 2.0 apart."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

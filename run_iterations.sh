@@ -9,7 +9,7 @@
 # on a shared disk.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$here/spin/launch.sh" "$@"  # $run $iterations $baseline $flags $did, and stage
+source "$here/spin/launch.sh" "$@"  # $python $run $iterations $baseline $flags $did; and stage
 
 # stage RESULT SCRIPT FLAGS…: runs a stage on all ranks, or skips it where its result is there
 stage eval.json evaluate.py --theta0

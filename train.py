@@ -62,14 +62,14 @@ def main(argv=None):
     pairs = encode_pairs(rows_to_train_on(recipe, args, tokenizer, vocabulary), tokenizer, recipe)
     iteration = Iteration(t, out, made_from(theta_t, pairs, recipe))
     checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
-    knobs = recipe.at(t)  # λ and the learning rate are numbers from here on
+    knobs = recipe.at(t)  # lam, lr and mix are numbers from here on
 
     with process_group() as world:
         model, folder = load_empty(theta_t, recipe, world)
         shard(model, recipe, world)
         read_weights(model, folder, recipe, world)
-        # lr: set at each step. Appendix B.1: no weight decay. foreach would make temporaries as
-        # large as the rank's part of the model
+        # train sets lr at each step. No weight decay: Appendix B.1. No foreach: its temporaries
+        # are as large as the rank's part of the model
         optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         barrier()  # nobody writes before everybody has its model
         with packed(model, recipe.attention):
@@ -77,7 +77,7 @@ def main(argv=None):
                 print(f"theta_{t} ({theta_t}) trains on {len(pairs)} pairs, {recipe.objective}")
                 save_recipe(recipe, run)
             out.mkdir(parents=True, exist_ok=True)
-            scores = None
+            scores = None  # the model is θ_t still: train loads the checkpoint, if there is one
             if recipe.objective == "spin":
                 scores = frozen_scores(model, pairs, knobs, iteration, world)
             train(model, optimizer, pairs, scores, knobs, iteration, world)
@@ -91,7 +91,7 @@ def main(argv=None):
 def train(model, optimizer, pairs, scores, recipe, iteration, world):
     """Steps of RMSProp on (4.7) from the newest checkpoint on: θ_t in, θ_{t+1} out, in place.
     scores (N, 2): the opponent's log p_θt of each pair's real and generated answer; SFT: None."""
-    lam, ell = recipe.lam, recipe.ell  # of (4.7)
+    lam, ell = recipe.lam, recipe.ell  # of (4.7); recipe is main's knobs
     schedule = all_batches(len(pairs), recipe, iteration.t)
     steps = len(schedule)
     done = checkpoint.load_checkpoint(iteration, model, optimizer)
@@ -101,11 +101,11 @@ def train(model, optimizer, pairs, scores, recipe, iteration, world):
             begun = time.perf_counter()
             rate = learning_rate(step, steps, recipe.lr, recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
-            # the gradient of the mean loss over the global batch, a micro-batch at a time
+            # the mean loss's gradient, a micro-batch at a time; weight 0: a pair that only fills up
             passes = []
             for some, weight in micro_batches(schedule[step], pairs, recipe, world):
                 inputs = pack(sequences(some, recipe.objective), world.device)
-                policy = sequence_logps(model, *inputs)  # log p_θ(y|x) of all, then of y'
+                policy = sequence_logps(model, *inputs)  # log p_θ(y|x) of all, then (SPIN) of y'
                 if recipe.objective == "sft":
                     losses = sft_loss(policy)  # Eq. (3.1)
                 else:
@@ -114,7 +114,7 @@ def train(model, optimizer, pairs, scores, recipe, iteration, world):
                     losses = spin_loss(  # Eq. (4.7)
                         policy_real, policy_generated, opponent_real, opponent_generated, lam, ell
                     )
-                # FSDP divides by world.size: so the ranks' shares add up to the global mean
+                # × world.size undoes FSDP's division: the ranks' shares add up to the global mean
                 share = (losses * weight.to(world.device)).sum() * world.size / len(schedule[step])
                 share.backward()
                 passes.append((some, weight, losses.detach(), policy.detach()))
