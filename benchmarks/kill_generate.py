@@ -61,10 +61,11 @@ def run_calmly(run: Path, flags: list[str]) -> tuple[float, float]:
     return first - begun, time.perf_counter() - first
 
 
-def hunt(run: Path, flags: list[str], kills: int, seconds, chance: random.Random):
+def hunt(run: Path, flags: list[str], kills: int, seconds, chance: random.Random, chunks: int):
     """Start and kill so many times, and print a row for each; then let it finish.
 
-    seconds: of the calm run, as run_calmly gives them."""
+    seconds: of the calm run, as run_calmly gives them. chunks: how many there are in all; a machine
+    that has become faster since is not left to finish them."""
     startup, sampling = seconds
     print("| kill | ranks | when | chunks there |\n|---|---|---|---|", flush=True)
     for number in range(kills):
@@ -75,7 +76,10 @@ def hunt(run: Path, flags: list[str], kills: int, seconds, chance: random.Random
         if not early:
             wait_for_more(process, run, before)
         pause = chance.uniform(0, startup if early else 0.8 * sampling / kills)
-        time.sleep(pause)
+        until = time.perf_counter() + pause
+        most = before + 0.6 * (chunks - before)
+        while time.perf_counter() < until and parts(run) < most:
+            time.sleep(0.002)
         assert process.poll() is None, "the run ended before it could be killed"
         kill(family(process.pid))
         process.wait()
@@ -97,7 +101,8 @@ def main():
         calm = Path(folder) / "calm"
         hunted = Path(folder) / "hunted"
         seconds = run_calmly(calm, flags)
-        hunt(hunted, flags, args.kills, seconds, random.Random(args.seed))
+        chunks = args.prompts // args.chunk
+        hunt(hunted, flags, args.kills, seconds, random.Random(args.seed), chunks)
         wanted = (calm / "iter0" / "generated.jsonl").read_bytes()
         found = (hunted / "iter0" / "generated.jsonl").read_bytes()
     ids = [json.loads(line)["id"] for line in found.splitlines()]
