@@ -155,7 +155,7 @@ def frozen_scores(model, pairs, recipe, iteration, world):
     scores = checkpoint.read_scores(iteration, pairs)
     if scores is None:
         scores = score_opponent(model, pairs, recipe, iteration.t, world)
-        checkpoint.write_scores(iteration, pairs, scores)
+        checkpoint.write_scores(iteration, pairs, scores, world)
     return scores
 
 

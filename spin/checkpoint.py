@@ -36,7 +36,7 @@ def read_scores(iteration: Iteration, pairs) -> torch.Tensor | None:
     return torch.tensor([found[one] for one in wanted], dtype=torch.float64)
 
 
-def write_scores(iteration: Iteration, pairs, scores: torch.Tensor):
+def write_scores(iteration: Iteration, pairs, scores: torch.Tensor, world: World):
     """Write opponent.jsonl from scores (N, 2), and beside it what they are made from; refuses
     scores that are NaN or infinite, and names their pairs."""
     named = [(pair["iter"], pair["id"]) for pair in pairs]
@@ -45,7 +45,7 @@ def write_scores(iteration: Iteration, pairs, scores: torch.Tensor):
         found = f"{len(bad)} pairs are NaN or infinite, (iter, id): {bad[:5]}"
         mend = "none were kept; look at these pairs, or try --dtype fp32"
         fail(f"the opponent's log-probabilities of {found}; {mend}")
-    if int(os.environ.get("RANK", 0)) != 0:
+    if world.rank != 0:
         return
     path = iteration.folder / "opponent.jsonl"
     path.with_suffix(".json").unlink(missing_ok=True)

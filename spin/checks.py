@@ -13,13 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from spin.damage import check_run_files, check_weights, sampled_rows
-from spin.distributed import flags_of_all_ranks, sum_over_ranks
 from spin.files import fail, io_errors_in_one_line, locate, read_json, read_jsonl
 from spin.flags import parse
-from spin.models import has_nonfinite
 from spin.recipe import Recipe, fixed_knobs
 from spin.run import answers_of, hash_of_model, iteration_folder, starting_model
 from spin.tokens import load_tokenizer
@@ -67,6 +63,11 @@ def before_evaluating(recipe: Recipe, run: Path, t: int | None):
 def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
     """End the run where the loss, the gradient or a weight is NaN or infinite, before it is kept.
     passes: as in metrics.of_step."""
+    import torch  # here, so that run_iterations.sh has its answer before torch is loaded
+
+    from spin.distributed import flags_of_all_ranks, sum_over_ranks
+    from spin.models import has_nonfinite
+
     loss_is_bad = not all(losses.isfinite().all() for _, _, losses, _ in passes)
     flags = [loss_is_bad, not grad_norm.isfinite(), has_nonfinite(model.parameters())]
     flags = flags_of_all_ranks(flags, world)

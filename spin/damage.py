@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 from spin.data import to_pair
-from spin.files import fail, read_json, read_jsonl, weight_files
+from spin.files import AGAIN, fail, read_json, read_jsonl, weight_files
 from spin.run import LOGS, SHOWN, hash_of_model
-
-MEND = "copy or download it again"
 
 
 def check_lines(path: Path, wanted: int | None, mend: str):
@@ -34,7 +32,7 @@ def check_weights(folder: Path):
     for path in weight_files(folder):
         size = path.stat().st_size if path.is_file() else 0
         if not size:
-            fail(f"{path} is missing, or empty: {MEND}")
+            fail(f"{path} is missing, or empty: {AGAIN}")
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             try:
@@ -43,9 +41,9 @@ def check_weights(folder: Path):
                 ends = [weight["data_offsets"][1] for weight in header.values()]
                 wanted = 8 + length + max([0, *ends])
             except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-                fail(f"{path} is damaged, its header cannot be read: {MEND}")
+                fail(f"{path} is damaged, its header cannot be read: {AGAIN}")
         if size != wanted:
-            fail(f"{path} is damaged, it has {size} bytes where its header says {wanted}: {MEND}")
+            fail(f"{path} is damaged, it has {size} bytes where its header says {wanted}: {AGAIN}")
 
 
 def check_run_files(run: Path):

@@ -77,7 +77,7 @@ def first_cause(problem: Exception) -> Exception:
 
 @contextlib.contextmanager
 def catch_sigterm():
-    """A list, empty until SIGTERM comes (the machine will soon be taken away), which else kills."""
+    """Yields a list; SIGTERM (the machine will soon be taken away) fills it instead of killing."""
     caught = []
     before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
     try:

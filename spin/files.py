@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+AGAIN = "copy or download it again"  # what mends a model's file
 
 
 def fail(message: str):
@@ -98,7 +99,7 @@ def read_jsonl(path: Path):
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads the weights in a folder from."""
-    index = read_json(folder / "model.safetensors.index.json", "copy or download it again")
+    index = read_json(folder / "model.safetensors.index.json", AGAIN)
     parts = {folder / name for name in index.get("weight_map", {}).values()}
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(parts)

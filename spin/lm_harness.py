@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from spin import distributed
 from spin.files import REPOSITORY, fail, write_json
-from spin.models import load_frozen, revision_of
+from spin.models import load_frozen
 from spin.paper_tables import DIFFERS, TABLES, beside_the_paper, text_table
 from spin.tokens import load_tokenizer
 
@@ -97,7 +97,7 @@ def tasks_of(manager, name: str, positions: int | None) -> list:
 
 def count_positions(policy, recipe) -> int | None:
     """How many tokens the model can see, by its config."""
-    revision = revision_of(policy, recipe)
+    revision = recipe.revision_of(policy)
     config = AutoConfig.from_pretrained(policy, revision=revision, trust_remote_code=False)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -123,10 +123,11 @@ def as_lm(model, tokenizer, batch: int, world):
 
 def figures_of_tasks(lm, manager, benchmarks: list[tuple], limit: int | None) -> dict:
     """{task: {"shots", "n", "figures": {metric: [value, standard error]}}}; empty but on rank 0."""
+    lm_eval = import_lm_eval()
     found = {}
     how = {"limit": limit, "log_samples": False, "task_manager": manager}
     for benchmark, shots, tasks in benchmarks:
-        result = import_lm_eval().simple_evaluate(lm, tasks=tasks, num_fewshot=shots, **how)
+        result = lm_eval.simple_evaluate(lm, tasks=tasks, num_fewshot=shots, **how)
         if result is None:  # rank 0 alone has the figures
             continue
         for name, figures in result["results"].items():
@@ -134,7 +135,7 @@ def figures_of_tasks(lm, manager, benchmarks: list[tuple], limit: int | None) ->
             if name == benchmark or benchmark not in result["results"]:
                 values = values_and_errors(figures)
                 found[name] = {"shots": shots, "n": figures.get("sample_len"), "figures": values}
-        print(import_lm_eval().utils.make_table(result), flush=True)
+        print(lm_eval.utils.make_table(result), flush=True)
     return found
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import is_flash_attn_2_available
 
 from spin.distributed import World
-from spin.files import fail, weight_files
+from spin.files import AGAIN, fail, weight_files
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -33,18 +33,13 @@ def attention_name(recipe, world: World) -> str:
     return automatic if recipe.attention == "auto" else recipe.attention
 
 
-def revision_of(name: str, recipe) -> str | None:
-    """The hub revision of a model: the recipe's for the recipe's own, else the newest."""
-    return (recipe.revision if name == recipe.model else "") or None
-
-
 def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
     """A transformers model in dtype, whole, on the CPU; refused if not all of it can be loaded.
-    It stays in eval mode: with dropout the policy before its first update were not the opponent."""
+    It stays in eval mode: with dropout the untrained policy would not be the opponent."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
-            revision=revision_of(name, recipe),
+            revision=recipe.revision_of(name),
             dtype=dtype,
             attn_implementation=attention_name(recipe, world),
             output_loading_info=True,
@@ -56,10 +51,8 @@ def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # transformers only warns
         if report[kind]:
-            found = (
-                f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}; copy or download it again"
-            )
-            fail(f"the weights in {name} are not those of its config.json: {found}")
+            found = f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}"
+            fail(f"the weights in {name} are not those of its config.json: {found}; {AGAIN}")
     return model.eval()
 
 
@@ -78,7 +71,7 @@ def load_empty(name: str, recipe, world: World):
     Where the names in the files are not the modules' (transformers renames or merges weights of
     some families), or files or weights lie there that it would not read, every rank lets
     transformers read the whole model into host memory first."""
-    revision = revision_of(name, recipe)
+    revision = recipe.revision_of(name)
     files = ["*.json", "model*.safetensors"]
     folder = name
     try:

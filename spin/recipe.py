@@ -86,6 +86,10 @@ class Recipe:
     replicas: int = free(1, "whole copies of the sharded model, such as one a node", POSITIVE)
     checkpoint_every: int = free(200, "optimizer steps between resume checkpoints", POSITIVE)
 
+    def revision_of(self, name: str) -> str | None:
+        """The hub revision of a model: the recipe's for the recipe's own, else the newest."""
+        return (self.revision if name == self.model else "") or None
+
     def at(self, t: int) -> "Recipe":
         """The recipe of iteration t: lam, lr and mix are numbers in it, not tuples."""
         # the first t + 1 values end with that of iteration t, or with the one for all later ones

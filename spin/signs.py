@@ -31,8 +31,9 @@ def ended_alike(rows) -> str | None:
 def new_collapse(rows, t: int) -> str | None:
     """all_less_likely of the latest five rows of iteration t, if it held of no earlier ones."""
     found = all_less_likely(rows[-5:])
-    known = any(all_less_likely(rows[i : i + 5]) for i in range(len(rows) - 5)) if found else True
-    return None if known else f"step {rows[-1]['step']} of iteration {t}: {found}"
+    if not found or any(all_less_likely(rows[i : i + 5]) for i in range(len(rows) - 5)):
+        return None
+    return f"step {rows[-1]['step']} of iteration {t}: {found}"
 
 
 def all_less_likely(rows) -> str | None:

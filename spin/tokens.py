@@ -14,7 +14,7 @@ def load_tokenizer(name: str, recipe):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    revision = (recipe.revision if name == recipe.model else "") or None
+    revision = recipe.revision_of(name)
     try:
         # trust_remote_code unset, transformers would ask
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)

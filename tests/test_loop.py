@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 
 import pytest
 from conftest import MICRO, REPO, shell, user_environment
@@ -128,3 +129,13 @@ def test_the_loop_refuses_flags_that_it_decides_itself(flags):
     done = shell("bash", "run_iterations.sh", *flags)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert flags[0] in done.stderr
+
+
+def test_the_loop_has_its_plan_before_torch_is_loaded():
+    """Five seconds a start, and a mistake in a flag is told at once."""
+    say = "import sys; {}; print('torch' in sys.modules)"
+    loaded = [
+        shell(sys.executable, "-c", say.format(f"import {name}")).stdout.strip()
+        for name in ("spin.checks", "spin.models")  # the second is the control
+    ]
+    assert loaded == ["False", "True"]
