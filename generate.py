@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spin import checks, signs
+from spin.codec import load_codec
 from spin.damage import chunks_done
 from spin.data import read_rows
 from spin.distributed import barrier, next_chunk, process_group
@@ -30,7 +31,7 @@ from spin.models import load_frozen
 from spin.run import hash_of_model, iteration_folder, save_recipe, starting_model
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select
-from spin.tokens import decode, load_tokenizer
+from spin.tokens import decode
 
 
 @io_errors_in_one_line
@@ -44,9 +45,9 @@ def main(argv=None):
         shutil.rmtree(parts_folder, ignore_errors=True)  # left if killed after the merge
         return print(f"{out} is there already: nothing to do")
     theta_t = starting_model(recipe, run, t)
-    tokenizer, _ = load_tokenizer(theta_t, recipe)
+    codec = load_codec(theta_t, recipe)
     rows = read_rows(recipe.data, recipe.split)
-    pairs, left_out = select(rows, recipe.data, tokenizer, recipe, recipe.num_prompts)
+    pairs, left_out = select(rows, recipe.data, codec, recipe, recipe.num_prompts)
     seal = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
     # fixed chunks, the longest prompts first: a memory failure comes at once
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))
@@ -69,7 +70,7 @@ def main(argv=None):
         bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         for k in next_chunk(len(chunks)):
             if k not in done:
-                write_jsonl(parts[k], answer(model, tokenizer, chunks[k], recipe, t))
+                write_jsonl(parts[k], answer(model, codec, chunks[k], recipe, t))
             bar.update(k + 1 - bar.n)  # chunks 0 … k are all taken, by this rank or another
         bar.close()
         barrier()
@@ -81,14 +82,14 @@ def main(argv=None):
             signs.warn(signs.ended_alike(rows))
 
 
-def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
+def answer(model, codec, chunk: list[dict], recipe, t: int) -> list[dict]:
     """The rows of generated.jsonl for one chunk of prompts: y' ~ p_θt(·|x) for each."""
     # each prompt has random numbers of its own
     uniform = [uniforms(recipe.seed, t, pair["id"], number=recipe.max_new_tokens) for pair in chunk]
     answers = sample(
         model,
         [pair["prompt_ids"] for pair in chunk],
-        tokenizer.eos_token_id,
+        codec.end,
         recipe.max_new_tokens,
         np.stack(uniform),
         recipe.temperature,
@@ -101,7 +102,7 @@ def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
         row = {"id": pair["id"], "iter": t}
         row |= {name: pair[name] for name in ("system", "prompt", "real") if name in pair}
         # the ids too: the decoded text, encoded again, may split into other tokens
-        row |= {"generated": decode(tokenizer, recipe.template, ids), "generated_ids": ids}
+        row |= {"generated": decode(codec, ids), "generated_ids": ids}
         rows.append({**row, "finish": finish})
     return rows
 
