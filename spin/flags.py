@@ -71,7 +71,8 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
 def date_of(run: Path) -> str:
     """The day on which a run began, which all its prompts keep; today's (UTC) for a new run."""
     try:
-        return json.loads((run / "recipe.json").read_text())["date"]
+        date = json.loads((run / "recipe.json").read_text())["date"]
+        return datetime.date.fromisoformat(date).isoformat()
     except (OSError, ValueError, KeyError, TypeError):  # a new run; damage is found by spin/checks
         return datetime.datetime.now(datetime.UTC).date().isoformat()
 

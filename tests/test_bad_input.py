@@ -341,6 +341,9 @@ KNOBS = knobs(f"""
 --trust-remote-code | FLAG
 --template "no place"; --template "{{ prompt }}" | holds {{prompt}}
 --template chat | no chat template
+--template-kwargs a=1 | name=value is wanted, and --template chat
+--date 2026-13-01 | --date must be a day
+--date yesterday | --date must be a day
 --template "\udcff{{prompt}}" | UTF-8
 --run /dev/null/run | /dev/null is a file
 --run {"r" * 300}; --model {"m" * 300} | cannot read or write: [Errno
@@ -465,18 +468,65 @@ CHANGED_MODELS = {
     ),
     "a weight that is NaN": (weights(lambda w: w[UP].fill_(float("nan"))), "NaN or infinity"),
     "a shard of the weights missing": (sharded, "model-2.safetensors is missing, or empty"),
-    "an EOS beyond the model's vocabulary": (eos_beyond, "has a token 5000, its model only 88"),
+    "an EOS beyond the model's vocabulary": (eos_beyond, "ends an answer by token 5000, its model"),
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),
         "cannot load the tokenizer",
     ),
     "half a tokenizer": (cut("tokenizer.json", 100), "cannot load the tokenizer"),
     "a tokenizer without EOS": (tokenizer_config(), "no EOS"),
-    "a tokenizer larger than the model": (config(vocab_size=50), "not a pair"),
+    "a tokenizer larger than the model": (config(vocab_size=50), "a token that the model lacks: "),
 }
 MODELS = {
     name: (model(change, *stage_name), word)
     for name, (change, word, *stage_name) in CHANGED_MODELS.items()
+}
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+CHATS = {
+    "that does not end an answer": (TURNS.replace("</s>", "; "), "no special token", []),
+    "that refuses everything": ("{{ raise_exception('no') }}", "refuses a conversation (no)", []),
+    "that begins an answer otherwise": (
+        TURNS + "{% if add_generation_prompt %}assistant: <think>{% endif %}",
+        "cannot be split into prompt and answer",
+        [],
+    ),
+    "that drops the answer": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content[:2] }}</s>{% endfor %}",
+        "cannot be split into prompt and answer",
+        [],
+    ),
+    "that begins an answer with its end": (
+        TURNS.replace("{{ m.content", "</s>{{ m.content"),
+        "with the token that ends it",
+        [],
+    ),
+    "that drops the prompt": (
+        "{% for m in messages %}{{ m.content if m.role == 'assistant' }}</s>{% endfor %}",
+        "the chat template drops or changes the prompt: 2048",
+        [],
+    ),
+    "with an argument that it does not know": (
+        TURNS,
+        "knows no enable_thinking",
+        ["--template-kwargs", "enable_thinking=false"],
+    ),
+}
+
+
+def chat(template: str, flags: list[str]):
+    """generate.py with a chat template of this text."""
+
+    def lay_out(tmp_path, played):
+        script, folder, others = model(write("chat_template.jinja", template))(tmp_path, played)
+        return script, folder, [*others, "--template", "chat", *flags]
+
+    return lay_out
+
+
+TEMPLATES = {
+    f"a chat template {name}": (chat(template, flags), word)
+    for name, (template, word, flags) in CHATS.items()
 }
 
 RUNS = {
@@ -589,7 +639,7 @@ PAIRS = {
     ),
 }
 
-TABLE = KNOBS | DATA | MODELS | RUNS | PAIRS
+TABLE = KNOBS | DATA | MODELS | TEMPLATES | RUNS | PAIRS
 LOADS = ("weights that are not", "weights that are p", "a weight")  # nothing less would tell
 
 
@@ -702,15 +752,25 @@ def test_nul_characters_that_are_escaped_and_other_braces_in_a_template_are_text
     assert len(rows) == 5 and all(row["prompt"].startswith("Spell\0{0} ") for row in rows)
 
 
+def writes_no_bos(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+
+
 @pytest.mark.parametrize(
-    "fields, same",
-    [({"eos_token": "</s>", "bos_token": "<s>"}, True), ({"eos_token": "</s>"}, False)],
+    "change, same",
+    [
+        (tokenizer_config(eos_token="</s>", bos_token="<s>"), True),
+        (tokenizer_config(eos_token="</s>"), True),
+        (writes_no_bos, False),
+    ],
+    ids=["no pad", "no name for the BOS", "no BOS"],
 )
 def test_a_tokenizer_without_pad_gives_the_same_answers_and_one_without_bos_is_taken_as_it_is(
-    fields, same, clean, tmp_path
+    change, same, clean, tmp_path
 ):
     shutil.copytree(THETA0, tmp_path / "model")
-    tokenizer_config(**fields)(tmp_path / "model")
+    change(tmp_path / "model")
     rows = answers(tmp_path, PLAIN, "--model", tmp_path / "model")
     assert len(rows) == 5 and (rows == clean) == same
     flags = ["--data", tmp_path / "set.jsonl", "--model", tmp_path / "model"]
