@@ -25,7 +25,7 @@ class Codec:
     tokenizer: object
     vocabulary: int  # the model knows the ids below this
     template: str  # 'paper', 'chat' (the tokenizer's own), or a string with {prompt}
-    arguments: dict  # of the chat template, besides the messages
+    arguments: dict  # of apply_chat_template, besides the messages
     begin: list[int]  # plain templates: what the tokenizer puts before a text, such as a BOS
     end: int  # the token that ends an answer
     lead: str = ""  # chat: what the template writes between the prompt and an answer
@@ -97,7 +97,7 @@ def ids_before_text(tokenizer) -> list[int]:
 
 def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
     """What a chat template is called with besides messages: the user's arguments, and a clock that
-    stands still. A template that writes the date would otherwise change the prompts at midnight."""
+    stands still: else a template that writes the date would change the prompts at midnight."""
     arguments = {}
     source = tokenizer.get_chat_template()
     for item in template_kwargs:
@@ -108,9 +108,21 @@ def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
             arguments[name] = json.loads(value)
         except ValueError:
             arguments[name] = value
-    if date:
-        arguments["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
+    if date and "strftime_now" in source:
+        arguments["chat_template"] = with_date(source, datetime.datetime.fromisoformat(date))
     return arguments
+
+
+def with_date(template: str, day: datetime.datetime) -> str:
+    """A chat template whose strftime_now, which writes today's date, writes this one.
+    By a macro of that name in front: transformers lets no function of ours into a template."""
+    written = "format"
+    for letter in "aAbBcdHIjmMpSuUVwWxXyY":
+        for directive in (f"%{letter}", f"%-{letter}"):
+            written += f".replace('{directive}', '{day.strftime(directive)}')"
+    macro = "{% macro strftime_now(format) %}{{ " + written + " }}{% endmacro %}"
+    # the empty text: a newline right behind a block would be lost
+    return macro + "{{ '' }}" + template
 
 
 def around_an_answer(tokenizer, arguments: dict) -> tuple[str, str]:
