@@ -23,7 +23,6 @@ from tqdm import tqdm
 from spin import checks, signs
 from spin.codec import load_codec
 from spin.damage import chunks_done
-from spin.data import read_rows
 from spin.distributed import barrier, next_chunk, process_group
 from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl, write_whole
 from spin.flags import ITER, parse
@@ -31,6 +30,7 @@ from spin.models import load_frozen
 from spin.run import hash_of_model, iteration_folder, save_recipe, starting_model
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select
+from spin.sources import read_rows
 from spin.tokens import decode
 
 
@@ -63,7 +63,7 @@ def main(argv=None):
             print(f"theta_{t} ({theta_t}) answers {len(pairs)} prompts ({counts_line(left_out)})")
             save_recipe(recipe, run)
             write_whole(run / "prompts.json", seal)
-            made_by = {"model": hash_of_model(theta_t, recipe.revision)}
+            made_by = {"model": hash_of_model(theta_t, recipe.revision), "left_out": left_out}
             write_json(out.with_suffix(".json"), made_by)
 
         # a free rank takes the next chunk

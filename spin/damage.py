@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from spin.data import to_pair
+from spin.data import Unusable, to_pair
 from spin.files import AGAIN, fail, read_json, read_jsonl, weight_files
 from spin.run import LOGS, SHOWN, hash_of_model
 
@@ -101,7 +101,10 @@ def sampled_rows(path: Path, t: int, codec):
         fail(f"{path} is missing: run generate.py --iter {t} first")
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path}, line {number}"
-        to_pair(row, where)
+        try:
+            to_pair(row, where)
+        except Unusable as problem:
+            fail(f"{where}: {problem}")
         if type(row.get("id")) is not int or row.get("iter") != t:
             found = f"id {row.get('id')!r} of iteration {row.get('iter')!r}"
             fail(f"{where}: {found} in the file of iteration {t}")

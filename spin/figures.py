@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from loss import sequence_logps, spin_margin
 from spin.codec import Codec, load_codec
-from spin.data import read_rows
 from spin.distributed import sum_over_ranks
 from spin.models import load_frozen
 from spin.packing import balanced_bins, pack, packed
 from spin.run import SHOWN
 from spin.sampling import sample, uniforms
 from spin.selection import select
+from spin.sources import read_rows
 from spin.tokens import decode, encode
 
 # the figures of one prompt, in the order of a row of the table; eval.json has their means

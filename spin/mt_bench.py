@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from spin import checks
 from spin.codec import PLAIN, Codec, load_codec
-from spin.data import read_rows
+from spin.data import Unusable
 from spin.distributed import process_group, sum_over_ranks
 from spin.files import check_out, fail, io_errors_in_one_line, write_jsonl
 from spin.flags import parse
 from spin.lm_harness import count_positions
 from spin.models import load_frozen
 from spin.sampling import sample, uniforms
-from spin.tokens import Unusable, decode, encode, render_messages
+from spin.sources import read_rows
+from spin.tokens import decode, encode, render_messages
 
 # FastChat's temperature_config by category, and its 0.7 for the others
 TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from spin.codec import Codec
+from spin.data import Unusable
 from spin.files import fail
 from spin.packing import balanced_bins
 from spin.recipe import fixed_knobs
 from spin.run import hash_of_model
-from spin.tokens import Unusable, encode
+from spin.tokens import encode
 
 
 def encode_pairs(rows, codec: Codec, recipe) -> list[dict]:

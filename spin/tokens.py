@@ -5,12 +5,9 @@ import functools
 from functools import partial
 
 from spin.codec import Codec
+from spin.data import Unusable
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
-
-
-class Unusable(ValueError):
-    """A row that the template cannot render, or the model cannot read. Its text is the reason."""
 
 
 def render(codec: Codec, pair: dict, answer: str | None = None) -> str:

@@ -179,8 +179,8 @@ def data(content, name="set.jsonl"):
 
 
 def row(**fields):
-    """Good rows, and one with these fields: it is reached wherever it comes."""
-    return data([{"prompt": f"Spell {w}", "response": w} for w in ("tin", "kola")] + [fields])
+    """A set of this row alone: beside good ones it is left out and counted (test_sets.py)."""
+    return data([fields])
 
 
 def train_on(*rows):
@@ -350,9 +350,9 @@ KNOBS = knobs(f"""
 --model no/such/model | no model
 --model "" | FLAG must not be empty
 --data no/such.jsonl | no/such.jsonl
---data {THETA0} | no data
+--data {THETA0} | holds no file of data
 --data "" | FLAG must not be empty
---data demo | no data
+--data demo | holds no file of the split
 --split "" | FLAG must not be empty
 --eval-split "" | FLAG must not
 --recompute=maybe; --offload=1 | FLAG
@@ -368,17 +368,17 @@ LONG = b'{"prompt": "' + b"tin " * 12_500_000 + b'", "response": "y"}'
 DATA = {
     "--eval-data of nothing": (
         command("evaluate", "--theta0", "--eval-data", "no/such.jsonl"),
-        "cannot read no/such.jsonl",
+        "no data at no/such.jsonl",
     ),
     "an empty file": (data(""), "no rows"),
     "blank lines only": (data("\n \r\n\n"), "no rows"),
-    "a list as .json that holds no objects": (data("[{}, 3]", name="set.json"), "no rows"),
-    "an object as .json": (data('{"prompt": "a", "response": "b"}', name="set.json"), "no rows"),
+    "a list as .json that holds no objects": (data("[{}, 3]", name="set.json"), "no usable rows"),
+    "an object as .json": (data('{"epochs": 3}', name="set.json"), "unknown shape"),
     "half a .json": (data('[{"prompt": "a"', name="set.json"), "set.json"),
     "a .parquet that is none": (data("PAR1xxxx", name="set.parquet"), "set.parquet"),
-    "an unknown ending": (data(GOOD, name="set.csv"), "no data"),
+    "an unknown ending": (data(GOOD, name="set.txt"), "no data"),
     "a row without fields": (data("{}\n"), "unknown shape"),
-    "a row of other fields": (data('{"a": 1}\n'), "fields a; known: prompt/real"),
+    "a row of other fields": (data('{"a": 1}\n'), "fields a: 1); known: prompt/real"),
     "a line that is a list": (data("[1]\n"), "line 1"),
     "a line that is broken": (data(GOOD + b"{oops\n"), "line 2"),
     "a line that was cut off": (data(GOOD + GOOD[:-9]), "line 2"),
@@ -398,39 +398,39 @@ DATA = {
         data([{"prompt": w * 30, "response": "a"} for w in ("tin", "amu")]),
         "prompt too long: 2",
     ),
-    "a prompt that is null": (row(prompt=None, response="b"), "its prompt is no text"),
+    "a prompt that is null": (row(prompt=None, response="b"), "null in prompt: 1"),
     "a response that is a number": (
         row(prompt="a", response=3),
-        "row 3: the row has the shape prompt/response",
+        "real is no text: 1",
     ),
-    "a response that is a list": (row(question="a", answer=["b"]), "question/answer"),
-    "a lone surrogate": (row(prompt="a \ud800", response="b"), "surrogates not allowed"),
+    "a response that is a list": (row(question="a", answer=["b"]), "no list of messages"),
+    "a lone surrogate": (row(prompt="a \ud800", response="b"), "prompt is no valid Unicode"),
     "a field too few": (row(prompt="a"), "unknown shape with fields prompt"),
-    "messages that are text": (row(messages="Hi"), "messages"),
-    "messages that are null": (row(messages=None), "messages"),
-    "messages without a role": (row(messages=[{"content": "a"}, BOT]), "KeyError: 'role'"),
-    "messages without content": (row(messages=[{"role": "user"}, BOT]), "KeyError: 'content'"),
-    "messages of pictures": (row(messages=[USER, PICTURE]), "its real is no text"),
+    "messages that are text": (row(messages="Hi"), "no prompt first"),
+    "messages that are null": (row(messages=None), "null in messages"),
+    "messages without a role": (row(messages=[{"content": "a"}, BOT]), "a turn by 'None'"),
+    "messages without content": (row(messages=[{"role": "user"}, BOT]), "a turn without text"),
+    "messages of pictures": (row(messages=[USER, PICTURE]), "a turn without text"),
     "messages that begin with the answer": (
         row(messages=[BOT, USER]),
-        "does not begin with a user",
+        "no prompt first",
     ),
-    "one message": (row(messages=[USER]), "does not begin with a user"),
+    "one message": (row(messages=[USER]), "without an answer"),
     "pairs of two prompts": (
         row(real=[USER, BOT], generated=[{**USER, "content": "Other"}, BOT]),
-        "different prompts",
+        "do not answer the same prompt",
     ),
     "an Alpaca input that is a number": (
         row(instruction="a", input=3, output="b"),
-        "instruction/output",
+        "prompt is no text",
     ),
     "pairs without an answer of the opponent": (
         train_on({"prompt": "a", "response": "b"}),
-        "needs a generated response",
+        "no generated response beside the real one",
     ),
     "pairs none of which can be used": (
         train_on({"prompt": "a", "real": "", "generated": "c"}),
-        "no pairs to train on",
+        "empty prompt or response: 1",
     ),
     "a file of pairs that is not there": (train_on_no_file, "no.jsonl"),
 }

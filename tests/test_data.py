@@ -8,11 +8,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from spin.codec import make_codec
-from spin.data import read_rows, to_pair
+from spin.data import Unusable
+from spin.data import to_pair as pair_and_unused
 from spin.files import write_jsonl
 from spin.recipe import Recipe
 from spin.selection import select
-from spin.tokens import Unusable, decode, encode, holds_special, render
+from spin.sources import read_rows
+from spin.tokens import decode, encode, holds_special, render
 
 
 def talk(*turns: str) -> list[dict]:
@@ -21,6 +23,13 @@ def talk(*turns: str) -> list[dict]:
         {"role": "assistant" if i % 2 else "user", "content": content}
         for i, content in enumerate(turns)
     ]
+
+
+def to_pair(row, source="set"):
+    """The pair alone."""
+    pair, _ = pair_and_unused(row, source)
+    pair.pop("later_rounds", None)
+    return pair
 
 
 WANTED = {"prompt": "Hi?", "real": "Hello."}
@@ -72,9 +81,9 @@ def test_a_system_message_stays_with_the_prompt_and_only_the_first_round_counts(
     assert text.startswith("### Instruction: Be kind.\n\nHi?")
 
 
-def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
-    line = refused(lambda: to_pair({"text": "a", "label": 1}, "set.jsonl, row 1"))
-    assert "text, label" in line and "instruction/output" in line and "set.jsonl, row 1" in line
+def test_a_set_of_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused, tokenizer):
+    line = refused(lambda: selected([{"text": "a", "label": 1}], tokenizer))
+    assert "text, label" in line and "instruction/output" in line and "set holds no" in line
 
 
 # ---- tokens ----

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 import evaluate
 from loss import sequence_logps
 from spin.codec import load_codec
-from spin.data import read_rows
 from spin.flags import parse
 from spin.packing import pack
 from spin.sampling import sample, uniforms
 from spin.selection import select
+from spin.sources import read_rows
 from spin.tokens import encode
 
 

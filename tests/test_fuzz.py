@@ -49,7 +49,7 @@ SHAPES = {
     "alpaca": lambda q, a: {"instruction": q, "output": a, "input": ""},
     "messages": lambda q, a: {"messages": talk(q, a)},
     "own": lambda q, a: {"prompt": q, "real": a, "generated": a},
-    "preference": lambda q, a: {"prompt": q, "chosen": talk(q, a), "rejected": a},
+    "preference": lambda q, a: {"prompt": q, "chosen": talk(q, a), "rejected": talk(q, a + "!")},
 }
 
 
@@ -76,7 +76,7 @@ def tok(request, tokenizer):
 )
 def test_ids_and_masks_of_any_text(tok, shape, template, prompt, response, other, cut):
     codec = make_codec(tok, template)
-    pair = to_pair(SHAPES[shape](prompt, response), "row")
+    pair = to_pair(SHAPES[shape](prompt, response), "set")[0]
     assert (pair["prompt"], pair["real"]) == (prompt, response)
     spelt = any(holds_special(codec, part) for part in (prompt, response, other))
     if spelt and parses_specials(codec):

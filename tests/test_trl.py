@@ -15,11 +15,11 @@ import train_vs_trl
 
 import train
 from spin.codec import make_codec
-from spin.data import read_rows
 from spin.files import read_jsonl, write_jsonl
 from spin.flags import ITER, parse
 from spin.pairs import encode_pairs
 from spin.recipe import Recipe
+from spin.sources import read_rows
 from spin.tokens import render
 
 DPO = ["--lam", "0.5", "--lr", "1e-4"]
