@@ -29,7 +29,7 @@ from spin.distributed import process_group
 from spin.figures import figures_by_prompt, read_held_out, same_tokens, summarise
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl, write_whole
 from spin.flags import parse
-from spin.run import iteration_folder, save_recipe, starting_model
+from spin.run import iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
 
 FLAGS = (
@@ -47,10 +47,13 @@ def main(argv=None):
     recipe, args = parse(argv, __doc__, *FLAGS)
     check_flags(args)
     policy, opponent, t, out = whom_to_evaluate(recipe, args)
+    asked = {"tasks": args.tasks, "limit": args.limit}
+    made_from = made_by(recipe, policy, opponent, asked)
     if out and out.exists():
+        checks.same_result(out, made_from)
         return print(f"{out} is there already: nothing to do")
     if args.tasks:
-        return lm_harness.run_benchmarks(policy, recipe, args.tasks, args.limit, out)
+        return lm_harness.run_benchmarks(policy, recipe, args.tasks, args.limit, out, made_from)
 
     held_out = read_held_out(policy, recipe)
     if args.opponent and not same_tokens(held_out, read_held_out(opponent, recipe)):
@@ -75,7 +78,7 @@ def main(argv=None):
         write_whole(args.run / "heldout.json", seal)
         write_jsonl(out.with_name("answers.jsonl"), shown)
     if out:  # last: it says that all is there
-        write_json(out, {**result, "left_out": held_out.counts}, indent=1)
+        write_json(out, {**result, "left_out": held_out.counts, "made_from": made_from}, indent=1)
 
 
 def check_flags(args):

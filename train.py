@@ -42,7 +42,14 @@ from spin.flags import ITER, parse
 from spin.models import blocks_of, clip_gradients, compute_dtype, load_empty, read_weights
 from spin.packing import pack, packed
 from spin.pairs import batches, encode_pairs, made_from, micro_batches, sequences
-from spin.run import Iteration, answers_of, iteration_folder, save_recipe, starting_model
+from spin.run import (
+    Iteration,
+    answers_of,
+    hash_of_pairs,
+    iteration_folder,
+    save_recipe,
+    starting_model,
+)
 from spin.selection import counts_line, select_pairs
 
 PAIRS = ("--pairs", {"nargs": "+", "default": [], "help": "train on these, not the run's own"})
@@ -62,6 +69,7 @@ def main(argv=None):
     pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
     iteration = Iteration(t, out, made_from(theta_t, pairs, recipe))
     checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
+    foreign = hash_of_pairs(args.pairs)
     knobs = recipe.at(t)  # lam, lr and mix are numbers from here on
 
     with process_group() as world:
@@ -82,7 +90,7 @@ def main(argv=None):
                 scores = frozen_scores(model, pairs, knobs, iteration, world)
             train(model, optimizer, pairs, scores, knobs, iteration, world)
             with catch_sigterm():  # SIGTERM has to wait until θ_{t+1} is written
-                checkpoint.export(model, codec.tokenizer, out / "model", world)
+                checkpoint.export(model, codec.tokenizer, out / "model", foreign, world)
         if world.rank == 0:
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
             print(f"{out / 'model'}: theta_{t + 1}")

@@ -112,10 +112,10 @@ def cut_metrics(path: Path, done: int):
     write_whole(path, lines)
 
 
-def export(model, tokenizer, folder: Path, world: World):
+def export(model, tokenizer, folder: Path, pairs: list[str], world: World):
     """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
-    files.json beside it: the model's hash, and sizes of all that training leaves, by which
-    spin/checks.py tells damage."""
+    files.json beside it: the model's hash, the foreign pairs that it was made from, and sizes of
+    all that training leaves, by which spin/checks.py tells damage."""
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = states.get_model_state_dict(model, options=options)
     for second in second_names(model):
@@ -136,7 +136,7 @@ def export(model, tokenizer, folder: Path, world: World):
         for log in map(folder.with_name, LOGS):
             if log.exists():
                 sizes[log.name] = log.stat().st_size
-        marks = {"hash": hash_of_model(str(part), ""), **sizes}
+        marks = {"hash": hash_of_model(str(part), ""), "pairs": pairs, **sizes}
         write_json(folder.with_name("files.json"), marks, indent=1)
         part.rename(folder)
     barrier()

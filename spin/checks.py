@@ -18,7 +18,7 @@ from spin.damage import check_run_files, check_weights, sampled_rows
 from spin.files import fail, io_errors_in_one_line, locate, read_json, read_jsonl
 from spin.flags import parse
 from spin.recipe import Recipe, fixed_knobs
-from spin.run import answers_of, hash_of_model, iteration_folder, starting_model
+from spin.run import answers_of, hash_of_model, hash_of_pairs, iteration_folder, starting_model
 
 RESTORE = "restore it, or choose another --run"
 
@@ -36,7 +36,12 @@ def before_generating(recipe: Recipe, run: Path, t: int):
 def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str]):
     """The run is whole and this recipe's; θ_t and its answers are there, and belong together."""
     run_directory(recipe, run)
-    if (iteration_folder(run, t, recipe.objective) / "model").is_dir():
+    folder = iteration_folder(run, t, recipe.objective)
+    if (folder / "model").is_dir():
+        made_from = read_json(folder / "files.json", RESTORE).get("pairs", [])
+        if made_from != hash_of_pairs(foreign_pairs):
+            mend = "give the same --pairs, or none if it was none, or another --run"
+            fail(f"{folder / 'model'} was made from other pairs: {mend}")
         return
     start = theta(recipe, run, t, recipe.objective)
     if foreign_pairs:
@@ -148,6 +153,15 @@ def model_folder(name: str) -> str:
         fail(f"no model at {name}: --model wants {wanted}")
     check_weights(folder)
     return name
+
+
+def same_result(path: Path, made_from: dict):
+    """Refuse a result that is there already, and was made from something else."""
+    found = read_json(path, "delete it").get("made_from", made_from)
+    other = [name for name in made_from if found.get(name) != made_from[name]]
+    if other:
+        mend = "delete it, or give another --out"
+        fail(f"{path} is there already, made with another {', '.join(other)}: {mend}")
 
 
 def same_prompts(path: Path, pairs, source) -> str:

@@ -16,6 +16,7 @@ from spin.distributed import process_group
 from spin.figures import COLUMNS, figures_by_prompt, read_held_out, same_tokens
 from spin.files import check_out, fail, io_errors_in_one_line, write_json
 from spin.flags import parse
+from spin.run import made_by
 
 COMPARED = ("expected_exact_match", "nll_per_token", "greedy_exact_match")
 RESAMPLES = 10_000
@@ -29,6 +30,10 @@ def main(argv=None):
     recipe, args = parse(argv, __doc__, A, B, OUT)
     check_out(args.out)
     a, b = checks.model_folder(args.A), checks.model_folder(args.B)
+    made_from = made_by(recipe, a, b)
+    if args.out and args.out.exists():
+        checks.same_result(args.out, made_from)
+        return print(f"{args.out} is there already: nothing to do")
     held_out = read_held_out(a, recipe)
     if not same_tokens(held_out, read_held_out(b, recipe)):
         fail(f"{a} and {b} have different tokenizers: their figures are not about the same tokens")
@@ -48,7 +53,7 @@ def main(argv=None):
         values = f"A {r['A']:.4f}   B {r['B']:.4f}   B − A {r['B-A']:+.4f}"
         print(f"{name:22}{values}   [{low:+.4f}, {high:+.4f}]")
     if args.out:
-        write_json(args.out, result, indent=1)
+        write_json(args.out, {**result, "made_from": made_from}, indent=1)
 
 
 def compare(a: np.ndarray, b: np.ndarray, seed: int) -> dict:

@@ -20,7 +20,7 @@ from spin.paper_tables import DIFFERS, TABLES, beside_the_paper, text_table
 INSTALL = "pip install 'lm_eval[hf]==0.4.13'"
 
 
-def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None, out: Path | None):
+def run_benchmarks(policy: str, recipe, asked: list[str], limit, out: Path | None, made_from: dict):
     """Print lm_eval's figures of the model beside the paper's, and write them to out."""
     codec = load_codec(policy, recipe)
     manager, benchmarks = load_benchmarks(asked, count_positions(policy, recipe))
@@ -36,7 +36,9 @@ def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None, out
     if limit:
         print(f"--limit {limit}: a quick look, not the benchmark")
     if out:
-        write_json(out, {"model": policy, "limit": limit, "tasks": found}, indent=1)
+        write_json(
+            out, {"model": policy, "limit": limit, "tasks": found, "made_from": made_from}, indent=1
+        )
 
 
 def import_lm_eval():

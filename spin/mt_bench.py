@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 -m spin.mt_bench question.jsonl --model DIR --out NAME.jsonl
 Started in the repository's root. question.jsonl is FastChat's (its limit: 1024 tokens a turn), and
 so is the judge (Table 6, MT-Bench). NAME becomes the model's. A row a question: question_id,
-answer_id, model_id, choices (one, with a text for each turn), tstamp."""
+answer_id, model_id, choices (one, with a text for each turn), tstamp. NAME.json beside it says what
+they were made from."""
 
 import hashlib
 import json
@@ -19,10 +20,11 @@ from spin import checks
 from spin.codec import PLAIN, Codec, load_codec
 from spin.data import Unusable
 from spin.distributed import process_group, sum_over_ranks
-from spin.files import check_out, fail, io_errors_in_one_line, write_jsonl
+from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl
 from spin.flags import parse
 from spin.lm_harness import count_positions
 from spin.models import load_frozen
+from spin.run import made_by
 from spin.sampling import sample, uniforms
 from spin.sources import read_rows
 from spin.tokens import decode, encode, render_messages
@@ -40,9 +42,12 @@ def main(argv=None):
     if not args.out or args.out.suffix != ".jsonl":
         fail("spin.mt_bench needs --out NAME.jsonl: FastChat takes the file's name for the model's")
     policy = checks.model_folder(recipe.model)
-    if args.out.exists():
-        return print(f"{args.out} is there already: nothing to do")
     questions = read_questions(args.questions)
+    beside = args.out.with_suffix(".json")
+    made_from = made_by(recipe, policy, None, {"questions": questions})
+    if args.out.exists():
+        checks.same_result(beside, made_from)
+        return print(f"{args.out} is there already: nothing to do")
     codec = load_codec(policy, recipe)
     check_room(questions, policy, codec, recipe)
     with process_group() as world:
@@ -60,6 +65,7 @@ def main(argv=None):
         row["answer_id"] = hashlib.sha256(key.encode()).hexdigest()[:22]  # as long as FastChat's
         row["choices"] = [{"index": 0, "turns": texts}]
         rows.append({**row, "tstamp": time.time()})
+    write_json(beside, {"made_from": made_from})
     write_jsonl(args.out, rows)
     print(f"{args.out}: {len(rows)} answers for FastChat's judge")
 

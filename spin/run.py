@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from spin.files import locate, weight_files, write_json
 from spin.flags import as_text
-from spin.recipe import Recipe
+from spin.recipe import Recipe, fixed_knobs
 
 LOGS = ("metrics.jsonl", "opponent.jsonl")  # of a finished iteration: only pictures use them
 SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
@@ -58,6 +59,30 @@ def hash_of_model(name: str, revision: str) -> str:
             file.seek(max(0, path.stat().st_size - 2**20))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def hash_of_pairs(sources: list[str]) -> list[str]:
+    """What --pairs names, by which a finished iteration knows it: hashes of files, else names."""
+    found = []
+    for source in sources:
+        if Path(source).is_file():
+            with open(source, "rb") as file:
+                source = hashlib.file_digest(file, "sha256").hexdigest()
+        found.append(source)
+    return found
+
+
+def made_by(recipe: Recipe, policy: str, opponent: str | None, asked=None) -> dict:
+    """What a result is made from: hashes of the models and of the recipe, and what was asked."""
+    knobs = fixed_knobs(recipe)
+    del knobs["date"]  # a result of yesterday is one
+    models = {"model": policy, "opponent": opponent}
+    made = {name: model and hash_of_model(model, recipe.revision) for name, model in models.items()}
+    return {
+        **made,
+        "recipe": hashlib.sha256(json.dumps(knobs).encode()).hexdigest(),
+        **(asked or {}),
+    }
 
 
 def save_recipe(recipe: Recipe, run: Path):

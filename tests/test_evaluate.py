@@ -93,6 +93,8 @@ def test_two_ranks_give_the_figures_of_one(played, tmp_path):
     done = torchrun(2, "evaluate.py", *MICRO, "--run", tmp_path, "--theta0")
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((run / "eval.json").read_text()) for run in (played, tmp_path))
+    for key in ("left_out", "made_from"):
+        assert two.pop(key) == one.pop(key)
     assert two == {
         k: v if v is None else pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in one.items()
     }

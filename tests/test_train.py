@@ -264,7 +264,7 @@ def die_at(moment, monkeypatch):
             raise Killed
         return save(iteration, step, *args)
 
-    def in_export(model, tokenizer, folder, world):
+    def in_export(model, tokenizer, folder, *arguments):
         folder.with_name("model.part").mkdir()
         raise Killed
 
