@@ -26,7 +26,8 @@ from spin.data import read_rows
 from spin.distributed import barrier, next_chunk, process_group
 from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl, write_whole
 from spin.flags import ITER, parse
-from spin.models import load_frozen
+from spin.models import load_frozen, refuse_what_cannot_be_trained
+from spin.probe import probe
 from spin.run import hash_of_model, iteration_folder, save_recipe, starting_model
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select
@@ -45,6 +46,7 @@ def main(argv=None):
         return print(f"{out} is there already: nothing to do")
     theta_t = starting_model(recipe, run, t)
     tokenizer, _ = load_tokenizer(theta_t, recipe)
+    refuse_what_cannot_be_trained(theta_t, recipe)
     rows = read_rows(recipe.data, recipe.split)
     pairs, left_out = select(rows, recipe.data, tokenizer, recipe, recipe.num_prompts)
     seal = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
@@ -56,6 +58,7 @@ def main(argv=None):
 
     with process_group() as world:
         model = load_frozen(theta_t, recipe, world)
+        probe(model, recipe, world)  # before hours of sampling: can train.py score its answers?
         barrier()  # nobody writes before everybody has seen what is missing and has its model
         parts_folder.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:

@@ -15,6 +15,7 @@ from spin.data import read_rows
 from spin.distributed import sum_over_ranks
 from spin.models import load_frozen
 from spin.packing import balanced_bins, pack, packed
+from spin.probe import probe
 from spin.run import SHOWN
 from spin.sampling import sample, uniforms
 from spin.selection import select
@@ -76,6 +77,7 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     if opponent:
         games = opponent_plays(opponent, chunks, tokenizer, recipe, t, world, bar)
     model = load_frozen(policy, recipe, world)
+    probe(model, recipe, world)
     rows = []
     for chunk, game in zip(chunks, games, strict=True):
         rows += figures_of_chunk(model, tokenizer, chunk, game, recipe, t)
@@ -92,6 +94,7 @@ def opponent_plays(opponent: str, chunks, tokenizer, recipe, t: int, world, bar)
     """The opponent's game with each chunk of B pairs: its answers y' ~ p_θt, as (ids, mask) each,
     log p_θt(y|x) (B,) and log p_θt(y'|x) (B,)."""
     model = load_frozen(opponent, recipe, world)
+    probe(model, recipe, world)
     played = []
     for chunk in chunks:
         answers = zip(chunk, sample_answers(model, tokenizer, chunk, recipe, t), strict=True)

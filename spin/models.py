@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from spin.distributed import World
@@ -25,23 +26,32 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(name, automatic)
 
 
-def attention_name(recipe, world: World) -> str:
-    """transformers' name of --attention; auto is flash-attn where it can be used, else SDPA."""
+def attention_name(recipe, world: World, config) -> str | None:
+    """transformers' name of --attention; auto is flash-attn where it can be used, else None: SDPA
+    where the model has it, and eager where its attention is more. Refuses what a model lacks."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # some attention has parts that flash-attn's own package lacks
+    flash = family._supports_flash_attn and not family._compatible_flash_implementations
+    lacks = {"sdpa": not family._supports_sdpa, "flash_attention_2": not flash}
+    if lacks.get(recipe.attention):
+        fail(f"{family.__name__} cannot use --attention {recipe.attention}: use --attention auto")
     half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention: 16 bits
-    flash = world.device.type == "cuda" and half and is_flash_attn_2_available()
-    automatic = "flash_attention_2" if flash else "sdpa"
+    usable = flash and world.device.type == "cuda" and half and is_flash_attn_2_available()
+    automatic = "flash_attention_2" if usable else None
     return automatic if recipe.attention == "auto" else recipe.attention
 
 
 def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
     """A transformers model in dtype, whole, on the CPU; refused if not all of it can be loaded.
     It stays in eval mode: with dropout the untrained policy would not be the opponent."""
+    revision = recipe.revision_of(name)
     try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
-            revision=recipe.revision_of(name),
+            revision=revision,
             dtype=dtype,
-            attn_implementation=attention_name(recipe, world),
+            attn_implementation=attention_name(recipe, world, config),
             output_loading_info=True,
             use_safetensors=True,  # a .bin is a pickle
             trust_remote_code=False,
@@ -78,9 +88,7 @@ def load_empty(name: str, recipe, world: World):
         if not Path(name).is_dir():
             folder = snapshot_download(name, revision=revision, allow_patterns=files)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        how = {"dtype": torch.float32, "attn_implementation": attention_name(recipe, world)}
-        with register_module_parameter_registration_hook(_on_meta):
-            model = AutoModelForCausalLM.from_config(config, **how).eval()
+        model = _without_weights(config, attention_name(recipe, world, config))
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
@@ -92,6 +100,25 @@ def load_empty(name: str, recipe, world: World):
     if not same or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
         return load_whole(name, recipe, world, torch.float32), folder
     return model, folder
+
+
+def refuse_what_cannot_be_trained(name: str, recipe):
+    """End with one line where train.py could not shard a model: for the stages that come before.
+    Reads its config alone."""
+    revision = recipe.revision_of(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        model = _without_weights(config, None)
+    except Exception as problem:
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    blocks_of(model, recompute=False)
+
+
+def _without_weights(config, attention: str | None):
+    """A model in eval mode and fp32, its parameters without memory."""
+    how = {"dtype": torch.float32, "attn_implementation": attention}
+    with register_module_parameter_registration_hook(_on_meta):
+        return AutoModelForCausalLM.from_config(config, **how).eval()
 
 
 def read_weights(model, folder: str, recipe, world: World):
