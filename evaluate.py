@@ -78,7 +78,7 @@ def main(argv=None):
         write_whole(args.run / "heldout.json", seal)
         write_jsonl(out.with_name("answers.jsonl"), shown)
     if out:  # last: it says that all is there
-        write_json(out, result, indent=1)
+        write_json(out, {**result, "left_out": held_out.counts}, indent=1)
 
 
 def check_flags(args):

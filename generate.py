@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from spin import checks, signs
+from spin.codec import load_codec
 from spin.damage import chunks_done
-from spin.data import read_rows
 from spin.distributed import barrier, next_chunk, process_group
 from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl, write_whole
 from spin.flags import ITER, parse
@@ -31,7 +31,8 @@ from spin.probe import probe
 from spin.run import hash_of_model, iteration_folder, save_recipe, starting_model
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select
-from spin.tokens import decode, load_tokenizer
+from spin.sources import read_rows
+from spin.tokens import decode
 
 
 @io_errors_in_one_line
@@ -45,10 +46,10 @@ def main(argv=None):
         shutil.rmtree(parts_folder, ignore_errors=True)  # left if killed after the merge
         return print(f"{out} is there already: nothing to do")
     theta_t = starting_model(recipe, run, t)
-    tokenizer, _ = load_tokenizer(theta_t, recipe)
+    codec = load_codec(theta_t, recipe)
     refuse_what_cannot_be_trained(theta_t, recipe)
     rows = read_rows(recipe.data, recipe.split)
-    pairs, left_out = select(rows, recipe.data, tokenizer, recipe, recipe.num_prompts)
+    pairs, left_out = select(rows, recipe.data, codec, recipe, recipe.num_prompts)
     seal = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
     # fixed chunks, the longest prompts first: a memory failure comes at once
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))
@@ -65,33 +66,38 @@ def main(argv=None):
             print(f"theta_{t} ({theta_t}) answers {len(pairs)} prompts ({counts_line(left_out)})")
             save_recipe(recipe, run)
             write_whole(run / "prompts.json", seal)
-            made_by = {"model": hash_of_model(theta_t, recipe.revision)}
+            made_by = {"model": hash_of_model(theta_t, recipe.revision), "left_out": left_out}
             write_json(out.with_suffix(".json"), made_by)
 
         # a free rank takes the next chunk
         bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         for k in next_chunk(len(chunks)):
             if k not in done:
-                write_jsonl(parts[k], answer(model, tokenizer, chunks[k], recipe, t))
+                write_jsonl(parts[k], answer(model, codec, chunks[k], recipe, t))
             bar.update(k + 1 - bar.n)  # chunks 0 … k are all taken, by this rank or another
         bar.close()
         barrier()
         if world.rank == 0:
-            rows = [row for part in parts for row in read_jsonl(part)]
-            write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
+            merge(parts, out)
             shutil.rmtree(parts_folder)
-            print(f"{out}: {len(rows)} answers")
-            signs.warn(signs.ended_alike(rows))
 
 
-def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
+def merge(parts, out):
+    """The chunks' rows, sorted by id, become generated.jsonl."""
+    rows = [row for part in parts for row in read_jsonl(part)]
+    write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
+    print(f"{out}: {len(rows)} answers")
+    signs.warn(signs.ended_alike(rows))
+
+
+def answer(model, codec, chunk: list[dict], recipe, t: int) -> list[dict]:
     """The rows of generated.jsonl for one chunk of prompts: y' ~ p_θt(·|x) for each."""
     # each prompt has random numbers of its own
     uniform = [uniforms(recipe.seed, t, pair["id"], number=recipe.max_new_tokens) for pair in chunk]
     answers = sample(
         model,
         [pair["prompt_ids"] for pair in chunk],
-        tokenizer.eos_token_id,
+        codec.end,
         recipe.max_new_tokens,
         np.stack(uniform),
         recipe.temperature,
@@ -104,7 +110,7 @@ def answer(model, tokenizer, chunk: list[dict], recipe, t: int) -> list[dict]:
         row = {"id": pair["id"], "iter": t}
         row |= {name: pair[name] for name in ("system", "prompt", "real") if name in pair}
         # the ids too: the decoded text, encoded again, may split into other tokens
-        row |= {"generated": decode(tokenizer, recipe.template, ids), "generated_ids": ids}
+        row |= {"generated": decode(codec, ids), "generated_ids": ids}
         rows.append({**row, "finish": finish})
     return rows
 

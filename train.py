@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from loss import sequence_logps, sft_loss, spin_loss
 from spin import checkpoint, checks, metrics, signs
+from spin.codec import load_codec
 from spin.distributed import (
     barrier,
     catch_sigterm,
@@ -44,7 +45,6 @@ from spin.pairs import batches, encode_pairs, made_from, micro_batches, sequence
 from spin.probe import probe
 from spin.run import Iteration, answers_of, iteration_folder, save_recipe, starting_model
 from spin.selection import counts_line, select_pairs
-from spin.tokens import load_tokenizer
 
 PAIRS = ("--pairs", {"nargs": "+", "default": [], "help": "train on these, not the run's own"})
 
@@ -59,8 +59,8 @@ def main(argv=None):
         shutil.rmtree(out / "checkpoint", ignore_errors=True)  # left if killed after the export
         return print(f"{out / 'model'} is there already: nothing to do")
     theta_t = starting_model(recipe, run, t, recipe.objective)
-    tokenizer, vocabulary = load_tokenizer(theta_t, recipe)
-    pairs = encode_pairs(rows_to_train_on(recipe, args, tokenizer, vocabulary), tokenizer, recipe)
+    codec = load_codec(theta_t, recipe)
+    pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
     iteration = Iteration(t, out, made_from(theta_t, pairs, recipe))
     checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
     knobs = recipe.at(t)  # lam, lr and mix are numbers from here on
@@ -84,7 +84,7 @@ def main(argv=None):
                 scores = frozen_scores(model, pairs, knobs, iteration, world)
             train(model, optimizer, pairs, scores, knobs, iteration, world)
             with catch_sigterm():  # SIGTERM has to wait until θ_{t+1} is written
-                checkpoint.export(model, tokenizer, out / "model", world)
+                checkpoint.export(model, codec.tokenizer, out / "model", world)
         if world.rank == 0:
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
             print(f"{out / 'model'}: theta_{t + 1}")
@@ -181,12 +181,12 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
     return sum_over_ranks(scores)  # every pair was scored by one rank; the others hold zeros
 
 
-def rows_to_train_on(recipe, args, tokenizer, vocabulary):
+def rows_to_train_on(recipe, args, codec):
     """The rows of the run's own generated.jsonl files, or of the files of --pairs."""
     if not args.pairs:
         own = answers_of(recipe, args.run, args.iter)
         return itertools.chain.from_iterable(read_jsonl(path) for _, path in own)
-    rows, left_out = select_pairs(args.pairs, tokenizer, vocabulary, recipe)
+    rows, left_out = select_pairs(args.pairs, codec, recipe)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"pairs: {counts_line(left_out)}")
     return [{**row, "iter": args.iter} for row in rows]

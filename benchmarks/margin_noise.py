@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from spin import checks
+from spin.codec import load_codec
 from spin.damage import sampled_rows
 from spin.distributed import process_group
 from spin.flags import parse
@@ -22,16 +23,15 @@ from spin.models import load_empty, read_weights
 from spin.packing import packed
 from spin.pairs import encode_pairs
 from spin.run import iteration_folder
-from spin.tokens import load_tokenizer
 
 
 def read_pairs(recipe, run: Path, start: str) -> list[dict]:
     """The pairs of iteration 0, as ids."""
-    tokenizer, vocabulary = load_tokenizer(start, recipe)
+    codec = load_codec(start, recipe)
     path = iteration_folder(run, 0) / "generated.jsonl"
-    rows = list(sampled_rows(path, 0, vocabulary, tokenizer.eos_token_id))
+    rows = list(sampled_rows(path, 0, codec))
     checks.same_prompts(run / "prompts.json", rows, path)
-    return encode_pairs(rows, tokenizer, recipe)
+    return encode_pairs(rows, codec, recipe)
 
 
 def print_noise(name: str, opponent, policy):

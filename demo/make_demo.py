@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loss import token_logps
+from spin.codec import make_codec
 from spin.files import write_jsonl
 from spin.tokens import encode
 
@@ -138,6 +139,7 @@ def train(model, tokenizer, banned: set[str], steps: int, rng: random.Random):
     `banned`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
+    codec = make_codec(tokenizer, "paper")
     bar = tqdm(range(steps))
     for step in bar:
         # a batch of tasks that nobody has seen
@@ -146,7 +148,7 @@ def train(model, tokenizer, banned: set[str], steps: int, rng: random.Random):
             kind, prompt, answer = task(rng)
             if prompt not in banned:
                 written = careless(rng, kind, answer)
-                rows.append(encode(tokenizer, "paper", {"prompt": prompt}, written))
+                rows.append(encode(codec, {"prompt": prompt}, written))
 
         # the update
         loss = nll_per_token(model, rows)

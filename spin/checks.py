@@ -13,12 +13,12 @@ import os
 import sys
 from pathlib import Path
 
+from spin.codec import load_codec
 from spin.damage import check_run_files, check_weights, sampled_rows
 from spin.files import fail, io_errors_in_one_line, locate, read_json, read_jsonl
 from spin.flags import parse
 from spin.recipe import Recipe, fixed_knobs
 from spin.run import answers_of, hash_of_model, iteration_folder, starting_model
-from spin.tokens import load_tokenizer
 
 RESTORE = "restore it, or choose another --run"
 
@@ -47,9 +47,9 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str])
     if recipe.objective == "spin" and made_by != hash_of_start:
         mend = f"delete it and {sampled} and run generate.py again"
         fail(f"{sampled}l was sampled from another theta_{t} than {start}: {mend}")
-    tokenizer, vocabulary = load_tokenizer(start, recipe)
+    codec = load_codec(start, recipe)
     for s, path in answers_of(recipe, run, t):
-        rows = sampled_rows(path, s, vocabulary, tokenizer.eos_token_id)
+        rows = sampled_rows(path, s, codec)
         same_prompts(run / "prompts.json", rows, path)
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from spin.data import to_pair
+from spin.data import Unusable, to_pair
 from spin.files import AGAIN, fail, read_json, read_jsonl, weight_files
 from spin.run import LOGS, SHOWN, hash_of_model
 
@@ -95,26 +95,29 @@ def chunks_done(parts: list[Path], chunks, opponent: str, revision: str) -> set[
     return done
 
 
-def sampled_rows(path: Path, t: int, vocabulary: int, eos: int):
+def sampled_rows(path: Path, t: int, codec):
     """The rows of an iteration's generated.jsonl, one by one; refuses any that is not of it."""
     if not path.exists():
         fail(f"{path} is missing: run generate.py --iter {t} first")
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path}, line {number}"
-        to_pair(row, where)
+        try:
+            to_pair(row, where)
+        except Unusable as problem:
+            fail(f"{where}: {problem}")
         if type(row.get("id")) is not int or row.get("iter") != t:
             found = f"id {row.get('id')!r} of iteration {row.get('iter')!r}"
             fail(f"{where}: {found} in the file of iteration {t}")
-        check_ids(row, where, vocabulary, eos)
+        check_ids(row, where, codec)
         yield row
 
 
-def check_ids(row: dict, where: str, vocabulary: int, eos: int):
+def check_ids(row: dict, where: str, codec):
     """Refuse generated_ids that this model cannot have sampled, or that do not fit their finish."""
     ids = row.get("generated_ids")
-    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)
+    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < codec.vocabulary for i in ids)
     if not known or not ids:
         fail(f"{where}: generated_ids are not token ids of this model")
-    if (ids[-1] == eos) != (row.get("finish") == "eos"):
+    if (ids[-1] == codec.end) != (row.get("finish") == "eos"):
         found = f"finish is {row.get('finish')!r}, but the ids say otherwise"
         fail(f"{where}: {found}; they are of another tokenizer")

@@ -1,98 +1,164 @@
-"""SFT sets → pairs: {"prompt", "real"}, and where a row has them "system" and "generated".
-An SFT set is a hub id, or a .jsonl, .json or .parquet file, in one of the shapes of SHAPES."""
+"""A row of an SFT set, in the shapes that people have → a pair: {"prompt", "real"}, and where the
+row has them "system" and "generated". A row that is no pair is Unusable, with the reason; nothing
+that belongs to the prompt is dropped."""
 
-import json
-from pathlib import Path
+from spin.files import fail
 
-from spin.files import fail, locate, read_jsonl
+ROLES = {"system": "system", "user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
+TEXTS = ("system", "prompt", "real", "generated")
 
-
-def read_rows(source: str, split: str = "train"):
-    """The rows (dicts) of an SFT set, in order. Ends with one line where they cannot be read."""
-    path = Path(locate(source))
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-            fail(f"no data at {source}: a .jsonl, .json or .parquet file is wanted, or a hub id")
-        import datasets
-
-        try:
-            return datasets.load_dataset(source, split=split)
-        except Exception as problem:  # the hub client raises many kinds; each: not to be had
-            cause = f"{type(problem).__name__}: {str(problem)[:200]}"
-            fail(f"cannot load {source} (split {split}) from the hub: {cause}")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # comes with datasets
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        else:
-            rows = list(read_jsonl(path))
-    except (OSError, ValueError, RecursionError, OverflowError) as problem:
-        fail(f"cannot read {path}: {problem}")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        fail(f"{path} holds no rows: a list of objects is wanted")
-    return rows
-
-
-def _first_round(messages) -> dict:
-    """The first round of a conversation (Appendix B.1); a system message stays with the prompt."""
-    turns = [m for m in messages if m["role"] != "system"]
-    system = "\n".join(m["content"] for m in messages if m["role"] == "system")
-    if [m["role"] for m in turns[:2]] != ["user", "assistant"]:
-        raise ValueError("the conversation does not begin with a user and an assistant turn")
-    pair = {"prompt": turns[0]["content"], "real": turns[1]["content"]}
-    return {**pair, "system": system} if system else pair
-
-
-def _two_conversations(row) -> dict:
-    pair, other = _first_round(row["real"]), _first_round(row["generated"])
-    if other["prompt"] != pair["prompt"]:
-        raise ValueError("real and generated answer different prompts")
-    return {**pair, "generated": other["real"]}
-
-
-def _alpaca(row) -> dict:
-    more = "\n\n" + row["input"] if row.get("input") else ""
-    return {"prompt": row["instruction"] + more, "real": row["output"]}
-
-
-def _preference(row) -> dict:
-    answers = {"real": row["chosen"], "generated": row["rejected"]}
-    for name, answer in answers.items():
-        if not isinstance(answer, str):
-            answers[name] = _first_round(answer)["real"]
-    return {"prompt": row["prompt"], **answers}
-
-
-# the fields that tell a shape -> the pair in it; the first whose fields are all there is taken
+# the fields that tell a shape: of the prompt, the answer, the answer to tell it from, if any, and
+# of more that belongs to the prompt. The first whose fields are all there is taken.
 SHAPES = {
-    ("prompt", "real", "generated"): dict,  # generated.jsonl itself, or pairs as plain text
-    ("real", "generated"): _two_conversations,  # the authors' published sets
-    ("prompt", "chosen", "rejected"): _preference,  # with --pairs this is DPO
-    ("messages",): lambda row: _first_round(row["messages"]),  # UltraChat
-    ("instruction", "output"): _alpaca,
-    ("prompt", "response"): lambda row: {"prompt": row["prompt"], "real": row["response"]},
-    ("prompt", "completion"): lambda row: {"prompt": row["prompt"], "real": row["completion"]},
-    ("question", "answer"): lambda row: {"prompt": row["question"], "real": row["answer"]},
+    ("prompt", "real", "generated"): "",  # generated.jsonl itself, or pairs as plain text
+    ("", "real", "generated"): "",  # the authors' published sets, conversations
+    ("prompt", "chosen", "rejected"): "",  # with --pairs this is DPO
+    ("question", "chosen", "rejected"): "",  # Orca's pairs
+    ("", "chosen", "rejected"): "",  # conversations
+    ("", "messages"): "",  # UltraChat
+    ("", "conversations"): "",  # ShareGPT
+    ("instruction", "output"): "input",  # Alpaca
+    ("instruction", "response"): "context",  # Dolly
+    ("prompt", "response"): "",
+    ("prompt", "completion"): "",  # TRL
+    ("query", "response"): "",
+    ("question", "response"): "",  # Orca
+    ("question", "answer"): "",
+    ("input", "output"): "",
 }
+SYSTEM = ("system", "system_prompt")  # columns of a system message, beside any shape
+OURS = ("id", "iter", "generated_ids", "finish")  # of generated.jsonl
+# columns with text or more that the model should see before it answers
+OF_THE_PROMPT = ("history", "context", "input", "instruction", "tools", "functions", "documents")
+OF_THE_PROMPT += ("image", "images", "audio", "audios", "video", "videos")
 
 
-def to_pair(row: dict, where: str) -> dict:
-    """The pair in a row of any known shape. Ends with one line that begins with `where` if none."""
-    for names, read in SHAPES.items():
-        if all(name in row for name in names):
-            try:
-                pair = read(row)
-                for name in ("prompt", "real", "system", "generated"):
-                    if not isinstance(pair.get(name, ""), str):
-                        raise TypeError(f"its {name} is no text")
-                    pair.get(name, "").encode()  # without lone surrogates
-                return pair
-            except (KeyError, TypeError, ValueError, AttributeError) as problem:
-                cause = f"{type(problem).__name__}: {problem}"
-                fail(f"{where}: the row has the shape {'/'.join(names)}, but {cause}")
-    fields = ", ".join(map(str, row)) or "(none)"
-    known = "; ".join("/".join(names) for names in SHAPES)
-    fail(f"{where}: unknown shape with fields {fields}; known: {known}")
+class Unusable(ValueError):
+    """A row that is no pair, or that a template or a model cannot take. Its text is the reason."""
+
+
+def to_pair(row: dict, source: str) -> tuple[dict, list[str]]:
+    """(the pair in a row of any known shape, its columns that are not used). Raises Unusable.
+    Ends with one line, about the source, where a column that belongs to the prompt would be lost.
+    A pair from a conversation that goes on behind its first answer has "later_rounds"."""
+    if not isinstance(row, dict):
+        raise Unusable("no object with fields")
+    there = {name: value for name, value in row.items() if value is not None}
+    shape = shape_of(there)
+    if shape is None:
+        nulls = ", ".join(name for name in row if name not in there)
+        if shape_of(row):
+            raise Unusable(f"null in {nulls}")
+        raise Unusable("unknown shape with fields " + (", ".join(map(str, row)) or "(none)"))
+    used = {*shape, SHAPES[shape], *SYSTEM, *OURS}
+    unused = [name for name in there if name not in used]
+    for name in unused:
+        if name in OF_THE_PROMPT and there[name]:
+            known = "/".join(filter(None, shape))
+            mend = f"put its text into the prompt, or remove the column {name}"
+            fail(f"{source} has the shape {known}, and {name} would be lost: {mend}")
+    pair = read_pair(there, shape)
+    for name in TEXTS:
+        if not isinstance(pair.get(name, ""), str):
+            raise Unusable(f"{name} is no text")
+        if pair.get(name, "").encode(errors="replace").decode() != pair.get(name, ""):
+            raise Unusable(f"{name} is no valid Unicode")
+    return pair, unused
+
+
+def shape_of(row: dict) -> tuple | None:
+    """The fields of SHAPES that a row has; None where it has no shape's."""
+    return next((names for names in SHAPES if all(n in row for n in names if n)), None)
+
+
+def read_pair(row: dict, shape: tuple) -> dict:
+    """The pair in a row of this shape, without fields that are null. Raises Unusable."""
+    if shape == ("prompt", "real", "generated") and isinstance(row["prompt"], str):
+        own = {name: row[name] for name in (*shape, "system", *OURS) if name in row}
+        return {**own, **system_column(row, own)}
+    asked, *answers = ([] if not name else turns_of(row[name], name) for name in shape)
+    more = row.get(SHAPES[shape], "")
+    if more:  # these shapes' prompts are text
+        role, text = asked[-1]
+        if not (isinstance(text, str) and isinstance(more, str)):
+            raise Unusable("prompt is no text")
+        asked[-1] = role, "\n\n".join(part for part in (text, more) if part)
+    pair = pair_of_turns(asked, *answers)
+    return {**pair, **system_column(row, pair)}
+
+
+def system_column(row: dict, pair: dict) -> dict:
+    """{"system": text of a row's own column for it}, or {}. An empty message is kept as one."""
+    for name in SYSTEM:
+        if name in row:
+            if pair.get("system", row[name]) != row[name]:
+                raise Unusable("two system messages")
+            return {"system": row[name]}
+    return {}
+
+
+def turns_of(value, field: str) -> list[tuple[str, str]]:
+    """A text, or messages in the forms of OpenAI and ShareGPT, as turns (role, text)."""
+    if not isinstance(value, list):
+        asks = field in ("prompt", "question", "query", "instruction", "input")
+        return [("user" if asks else "assistant", value)]
+    turns = []
+    for message in value:
+        if not isinstance(message, dict):
+            raise Unusable(f"{field} is no list of messages")
+        role = message.get("role", message.get("from"))
+        if role not in ROLES:
+            raise Unusable(f"a turn by {str(role)[:20]!r}")
+        if any(message.get(name) for name in ("tool_calls", "function_call", "reasoning_content")):
+            raise Unusable("a turn with tool calls or reasoning beside its text")
+        turns.append((ROLES[role], text_of(message.get("content", message.get("value")))))
+    return turns
+
+
+def text_of(content) -> str:
+    """The text of a message; a list of parts of text is joined."""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "".join(parts) if parts and all(isinstance(p, str) for p in parts) else None
+    if not isinstance(content, str):
+        raise Unusable("a turn without text")
+    return content
+
+
+def pair_of_turns(asked: list, real: list, generated: list | None = None) -> dict:
+    """The pair in turns. asked: of the prompt's own column. real, generated: the answers, each
+    alone or behind the conversation that asks for it. Of several rounds the first is used (the
+    paper's Appendix B.1); of two conversations the one in which they differ."""
+    if generated is None:
+        cut = next((i for i, (role, _) in enumerate(real) if role == "assistant"), len(real))
+    elif real == generated:
+        raise Unusable("equal answers")
+    else:
+        same = [a == b for a, b in zip(real, generated, strict=False)]
+        cut = [*same, False].index(False)
+    before = real[:cut]
+    if any(role == "user" for role, _ in before):
+        if asked and asked[-1] not in before:
+            raise Unusable("the prompt is not that of the conversation")
+    else:
+        before = before + asked
+    answers = {"real": real[cut:], "generated": generated[cut:] if generated else None}
+    pair = {}
+    for name, turns in answers.items():
+        if turns is None:
+            continue
+        if not turns:
+            raise Unusable("a conversation without an answer")
+        if turns[0][0] != "assistant":
+            raise Unusable("the answers do not answer the same prompt")
+        pair[name] = turns[0][1]
+    systems = [text for role, text in before if role == "system"]
+    rest = before[len(systems) :]
+    if [role for role, _ in rest] != ["user"]:
+        several = [role for role, _ in rest].count("user") > 1
+        raise Unusable("several rounds before the answer" if several else "no prompt first")
+    if any(role == "assistant" for role, _ in real[cut + 1 :]):
+        pair["later_rounds"] = True
+    system = {"system": "\n".join(systems)} if systems else {}
+    return {"prompt": rest[0][1], **pair, **system}

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from loss import sequence_logps, spin_margin
-from spin.data import read_rows
+from spin.codec import Codec, load_codec
 from spin.distributed import sum_over_ranks
 from spin.models import load_frozen
 from spin.packing import balanced_bins, pack, packed
@@ -19,7 +19,8 @@ from spin.probe import probe
 from spin.run import SHOWN
 from spin.sampling import sample, uniforms
 from spin.selection import select
-from spin.tokens import decode, encode, load_tokenizer
+from spin.sources import read_rows
+from spin.tokens import decode, encode
 
 # the figures of one prompt, in the order of a row of the table; eval.json has their means
 COLUMNS = (
@@ -39,19 +40,19 @@ class HeldOut:
     """Held-out pairs as one model's tokenizer sees them."""
 
     pairs: list[dict]  # as selection.select gives them, with "real_tokens": y's ids and mask
-    tokenizer: object
+    codec: Codec
     counts: dict  # of the rows that were left out, by reason
 
 
 def read_held_out(model_name: str, recipe) -> HeldOut:
     """The held-out pairs of the recipe, in the tokens of this model."""
-    tokenizer, _ = load_tokenizer(model_name, recipe)
+    codec = load_codec(model_name, recipe)
     rows = read_rows(recipe.eval_data, recipe.eval_split)
-    pairs, counts = select(rows, recipe.eval_data, tokenizer, recipe, recipe.eval_prompts)
+    pairs, counts = select(rows, recipe.eval_data, codec, recipe, recipe.eval_prompts)
     for pair in pairs:
-        real = encode(tokenizer, recipe.template, pair, pair["real"], recipe.max_length)
+        real = encode(codec, pair, pair["real"], recipe.max_length)
         pair["real_tokens"] = real
-    return HeldOut(pairs, tokenizer, counts)
+    return HeldOut(pairs, codec, counts)
 
 
 def same_tokens(a: HeldOut, b: HeldOut) -> bool:
@@ -64,7 +65,7 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     """(N, columns) on every rank, a row of COLUMNS a pair; and on rank 0 the rows of answers.jsonl.
     t: the iteration of the game, which names its λ and the random numbers of y'."""
     pairs = held_out.pairs
-    tokenizer = held_out.tokenizer
+    codec = held_out.codec
     # longest first, and dealt out in turn, so that all ranks have as much to do
     order = [(-len(pair["real_tokens"][0]), pair["id"], i) for i, pair in enumerate(pairs)]
     mine = [i for *_, i in sorted(order)][world.rank :: world.size]
@@ -75,37 +76,35 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     # the opponent first: when it has answered and scored, it leaves the memory to the policy
     games = [None] * len(chunks)
     if opponent:
-        games = opponent_plays(opponent, chunks, tokenizer, recipe, t, world, bar)
+        games = opponent_plays(opponent, chunks, codec, recipe, t, world, bar)
     model = load_frozen(policy, recipe, world)
     probe(model, recipe, world)
     rows = []
     for chunk, game in zip(chunks, games, strict=True):
-        rows += figures_of_chunk(model, tokenizer, chunk, game, recipe, t)
+        rows += figures_of_chunk(model, codec, chunk, game, recipe, t)
         bar.update()
-    shown = (
-        answers_in_words(model, tokenizer, pairs[:SHOWN], recipe, t + 1) if world.rank == 0 else []
-    )
+    shown = answers_in_words(model, codec, pairs[:SHOWN], recipe, t + 1) if world.rank == 0 else []
     table = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float64)
     table[mine] = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
     return sum_over_ranks(table).numpy(), shown  # each row was filled by one rank
 
 
-def opponent_plays(opponent: str, chunks, tokenizer, recipe, t: int, world, bar) -> list[tuple]:
+def opponent_plays(opponent: str, chunks, codec, recipe, t: int, world, bar) -> list[tuple]:
     """The opponent's game with each chunk of B pairs: its answers y' ~ p_θt, as (ids, mask) each,
     log p_θt(y|x) (B,) and log p_θt(y'|x) (B,)."""
     model = load_frozen(opponent, recipe, world)
     probe(model, recipe, world)
     played = []
     for chunk in chunks:
-        answers = zip(chunk, sample_answers(model, tokenizer, chunk, recipe, t), strict=True)
-        generated = [encode(tokenizer, recipe.template, pair, ids) for pair, (ids, _) in answers]
+        answers = zip(chunk, sample_answers(model, codec, chunk, recipe, t), strict=True)
+        generated = [encode(codec, pair, ids) for pair, (ids, _) in answers]
         real = [pair["real_tokens"] for pair in chunk]
         played.append((generated, logps(model, real, recipe), logps(model, generated, recipe)))
         bar.update()
     return played
 
 
-def figures_of_chunk(model, tokenizer, chunk, game: tuple | None, recipe, t: int) -> list[list]:
+def figures_of_chunk(model, codec, chunk, game: tuple | None, recipe, t: int) -> list[list]:
     """The policy's row of COLUMNS for each of B pairs; game: what opponent_plays says of them."""
     real = [pair["real_tokens"] for pair in chunk]
     logp_real = logps(model, real, recipe)  # (B,)
@@ -116,8 +115,8 @@ def figures_of_chunk(model, tokenizer, chunk, game: tuple | None, recipe, t: int
         margin = spin_margin(*policy, *opponent, recipe.at(t).lam)
         same = [a == b for a, b in zip(real, generated, strict=True)]
         margin[torch.tensor(same)] = 0.0  # a tie, which rounding would decide one way or the other
-    greedy = sample_answers(model, tokenizer, chunk, recipe, None)
-    own = sample_answers(model, tokenizer, chunk, recipe, t + 1)
+    greedy = sample_answers(model, codec, chunk, recipe, None)
+    own = sample_answers(model, codec, chunk, recipe, t + 1)
     rows = []
     for i in range(len(chunk)):
         y = [token for token, in_response in zip(*real[i], strict=True) if in_response]
@@ -130,7 +129,7 @@ def figures_of_chunk(model, tokenizer, chunk, game: tuple | None, recipe, t: int
     return rows
 
 
-def sample_answers(model, tokenizer, pairs, recipe, t: int | None) -> list[tuple]:
+def sample_answers(model, codec, pairs, recipe, t: int | None) -> list[tuple]:
     """The model's own answers to held-out prompts: (ids, why it ended) each.
     At temperature 1, y ~ p_θ(·|x), by the random numbers of iteration t; greedy where t is None."""
     most = recipe.max_new_tokens
@@ -138,16 +137,16 @@ def sample_answers(model, tokenizer, pairs, recipe, t: int | None) -> list[tuple
     if t is not None:  # 1: another stream than generate.py's
         uniform = np.stack([uniforms(recipe.seed, t, p["id"], 1, number=most) for p in pairs])
     prompts = [pair["prompt_ids"] for pair in pairs]
-    return sample(model, prompts, tokenizer.eos_token_id, most, uniform, slots=recipe.slots)
+    return sample(model, prompts, codec.end, most, uniform, slots=recipe.slots)
 
 
-def answers_in_words(model, tokenizer, pairs, recipe, t: int) -> list[dict]:
+def answers_in_words(model, codec, pairs, recipe, t: int) -> list[dict]:
     """The rows of answers.jsonl: samples of the model for the pairs that the report shows."""
     rows = []
-    answers = sample_answers(model, tokenizer, pairs, recipe, t)
+    answers = sample_answers(model, codec, pairs, recipe, t)
     for pair, (ids, finish) in zip(pairs, answers, strict=True):
         row = {"id": pair["id"], "prompt": pair["prompt"], "real": pair["real"], "finish": finish}
-        rows.append({**row, "answer": decode(tokenizer, recipe.template, ids)})
+        rows.append({**row, "answer": decode(codec, ids)})
     return rows
 
 

@@ -2,6 +2,7 @@
 And how a stage ends where something is amiss: one line that begins with `error:`, exit code 2."""
 
 import functools
+import gzip
 import json
 import os
 import signal
@@ -85,7 +86,8 @@ def read_json(path: Path, mend: str) -> dict:
 
 def read_jsonl(path: Path):
     """The objects of a JSONL file. Ends with file and line number at a line that is not one."""
-    with open(path, "rb") as file:
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:

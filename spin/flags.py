@@ -3,6 +3,8 @@ Knobs: defaults of the dataclass < the flags of RECIPES[--recipe] < flags."""
 
 import argparse
 import dataclasses
+import datetime
+import json
 import math
 import sys
 from pathlib import Path
@@ -42,7 +44,7 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
         parser.add_argument(name, **keywords)
     fields = dataclasses.fields(Recipe)
     for f in fields:
-        first = f.default[0] if isinstance(f.default, tuple) else f.default
+        first = (*f.default, "")[0] if isinstance(f.default, tuple) else f.default
         kind = {"type": type(first), "choices": f.metadata["choices"]}
         if isinstance(first, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -58,11 +60,21 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
     if "model" in given:
         given.setdefault("revision", "")  # the recipe's revision belongs to the recipe's model
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    values["date"] = values.get("date") or date_of(args.run)
     recipe = Recipe(**values)
     _check_values(recipe)
     if (getattr(args, "iter", None) or 0) < 0:
         fail(f"--iter must be zero or positive, got {args.iter}")
     return recipe, args
+
+
+def date_of(run: Path) -> str:
+    """The day on which a run began, which all its prompts keep; today's (UTC) for a new run."""
+    try:
+        date = json.loads((run / "recipe.json").read_text())["date"]
+        return datetime.date.fromisoformat(date).isoformat()
+    except (OSError, ValueError, KeyError, TypeError):  # a new run; damage is found by spin/checks
+        return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _check_values(recipe: Recipe):
@@ -72,7 +84,7 @@ def _check_values(recipe: Recipe):
         if isinstance(value, str):
             if value.encode(errors="replace") != value.encode(errors="surrogatepass"):
                 fail(f"{name} is not valid UTF-8, got {value!r}")
-            if value == "" and f.name != "revision":
+            if value == "" and f.name not in ("revision", "date"):
                 fail(f"{name} must not be empty")
         for v in value if isinstance(value, tuple) else (value,):
             if rule and not (math.isfinite(v) and rule[1](v)):
@@ -80,6 +92,13 @@ def _check_values(recipe: Recipe):
     if recipe.template not in ("paper", "chat") and "{prompt}" not in recipe.template:
         wanted = "'paper', 'chat' or a string that holds {prompt}"
         fail(f"--template must be {wanted}, got {recipe.template!r}")
+    for item in recipe.template_kwargs:
+        if recipe.template != "chat" or "=" not in item:
+            fail(f"--template-kwargs {item}: name=value is wanted, and --template chat")
+    try:
+        datetime.date.fromisoformat(recipe.date)
+    except ValueError:
+        fail(f"--date must be a day as YYYY-MM-DD, got {recipe.date!r}")
     if recipe.max_new_tokens >= recipe.max_length:
         no_room = f"--max-new-tokens {recipe.max_new_tokens} leaves no room for a prompt"
         fail(f"{no_room} in --max-length {recipe.max_length}")

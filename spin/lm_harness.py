@@ -12,21 +12,21 @@ import torch
 from transformers import AutoConfig
 
 from spin import distributed
+from spin.codec import load_codec
 from spin.files import REPOSITORY, fail, write_json
 from spin.models import load_frozen
 from spin.paper_tables import DIFFERS, TABLES, beside_the_paper, text_table
-from spin.tokens import load_tokenizer
 
 INSTALL = "pip install 'lm_eval[hf]==0.4.13'"
 
 
 def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None, out: Path | None):
     """Print lm_eval's figures of the model beside the paper's, and write them to out."""
-    tokenizer, _ = load_tokenizer(policy, recipe)
+    codec = load_codec(policy, recipe)
     manager, benchmarks = load_benchmarks(asked, count_positions(policy, recipe))
     with distributed.process_group() as world:
         model = load_frozen(policy, recipe, world)
-        lm = as_lm(model, tokenizer, recipe.slots, world)
+        lm = as_lm(model, codec.tokenizer, recipe.slots, world)
         found = figures_of_tasks(lm, manager, benchmarks, limit)
         if world.rank > 0:
             return

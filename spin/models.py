@@ -103,8 +103,8 @@ def load_empty(name: str, recipe, world: World):
 
 
 def refuse_what_cannot_be_trained(name: str, recipe):
-    """End with one line where train.py could not shard a model: for the stages that come before.
-    Reads its config alone."""
+    """End with one line where no run can finish with a model, for the stages that come before
+    train.py: by its config alone."""
     revision = recipe.revision_of(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -112,6 +112,29 @@ def refuse_what_cannot_be_trained(name: str, recipe):
     except Exception as problem:
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     blocks_of(model, recompute=False)
+    refuse_moving_angles(config, recipe.max_length)
+
+
+def refuse_moving_angles(config, longest: int):
+    """Refuse lengths from which on a model computes all its rotary angles anew: by the longest
+    sequence of a pass, so that the others' log-probabilities would depend on their neighbours."""
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        limit = config.max_position_embeddings if kind == "dynamic" else longest
+        if kind == "longrope":
+            limit = rope["original_max_position_embeddings"]
+        if longest > limit:
+            beyond = f"beyond {limit} positions this model's rotary angles ({kind}) change"
+            fail(
+                f"--max-length {longest}: {beyond} for all sequences of a pass; lower it to {limit}"
+            )
+
+
+def name_of(model) -> str:
+    """The class of a model, without the prefix of FSDP's."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def _without_weights(config, attention: str | None):
@@ -140,7 +163,7 @@ def blocks_of(model, recompute: bool) -> list:
     names = model._no_split_modules or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
-        unnamed = f"{type(model).__name__} does not name its blocks (_no_split_modules)"
+        unnamed = f"{name_of(model)} does not name its blocks (_no_split_modules)"
         fail(f"{unnamed}: FSDP cannot shard it block by block")
     if recompute:
         wrap.apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)

@@ -16,14 +16,16 @@ import torch
 from tqdm import tqdm
 
 from spin import checks
-from spin.data import read_rows
+from spin.codec import PLAIN, Codec, load_codec
+from spin.data import Unusable
 from spin.distributed import process_group, sum_over_ranks
 from spin.files import check_out, fail, io_errors_in_one_line, write_jsonl
 from spin.flags import parse
 from spin.lm_harness import count_positions
 from spin.models import load_frozen
 from spin.sampling import sample, uniforms
-from spin.tokens import decode, encode, load_tokenizer
+from spin.sources import read_rows
+from spin.tokens import decode, encode, render_messages
 
 # FastChat's temperature_config by category, and its 0.7 for the others
 TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
@@ -41,18 +43,18 @@ def main(argv=None):
     if args.out.exists():
         return print(f"{args.out} is there already: nothing to do")
     questions = read_questions(args.questions)
-    tokenizer, _ = load_tokenizer(policy, recipe)
-    check_room(questions, policy, tokenizer, recipe)
+    codec = load_codec(policy, recipe)
+    check_room(questions, policy, codec, recipe)
     with process_group() as world:
         model = load_frozen(policy, recipe, world)
-        mine = answer_questions(model, tokenizer, questions, recipe, world)
+        mine = answer_questions(model, codec, questions, recipe, world)
         answers = sum_over_ranks(mine.to(world.device)).tolist()  # of each row, one rank's
         if world.rank > 0:
             return
     rows = []
     for question, ids in zip(questions, answers, strict=True):
         turns = [[i - 1 for i in turn if i] for turn in ids[: len(question["turns"])]]
-        texts = [decode(tokenizer, recipe.template, turn) for turn in turns]
+        texts = [decode(codec, turn) for turn in turns]
         key = json.dumps([args.out.stem, question["question_id"], texts])
         row = {"question_id": question["question_id"], "model_id": args.out.stem}
         row["answer_id"] = hashlib.sha256(key.encode()).hexdigest()[:22]  # as long as FastChat's
@@ -78,13 +80,13 @@ def read_questions(source: str) -> list[dict]:
     return questions
 
 
-def check_room(questions, policy: str, tokenizer, recipe):
+def check_room(questions, policy: str, codec, recipe):
     """End with one line if some conversation might not fit in the model's positions."""
     room = count_positions(policy, recipe)
     most = recipe.max_new_tokens
     needs = {}
     for question in questions:
-        rounds = [conversation(tokenizer, recipe.template, [x], []) for x in question["turns"]]
+        rounds = [conversation(codec, [x], []) for x in question["turns"]]
         needs[question["question_id"]] = sum(len(ids) + most for ids in rounds)
     long = [name for name, need in needs.items() if room and need > room]
     if long:
@@ -94,11 +96,11 @@ def check_room(questions, policy: str, tokenizer, recipe):
         fail(f"{found}, and {policy} has {room}: {mend}")
 
 
-def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor:
+def answer_questions(model, codec, questions, recipe, world) -> torch.Tensor:
     """This rank's answers: (questions, turns, --max-new-tokens) of id + 1; 0 where no token is."""
     temperatures = [TEMPERATURE.get(q.get("category"), 0.7) for q in questions]
     turns, most = max(len(q["turns"]) for q in questions), recipe.max_new_tokens
-    ids, eos = torch.zeros(len(questions), turns, most, dtype=torch.long), tokenizer.eos_token_id
+    ids, eos = torch.zeros(len(questions), turns, most, dtype=torch.long), codec.end
     said = [[] for _ in questions]  # the answers so far, which the next turn sees
     for turn in tqdm(range(turns), desc="answers", unit="turn", disable=world.rank > 0):
         for temperature in sorted(set(temperatures)):
@@ -107,7 +109,7 @@ def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor
                 asked = questions[k]["turns"][: turn + 1]
                 if temperatures[k] == temperature and len(asked) == turn + 1:
                     mine.append(k)
-                    prompts.append(conversation(tokenizer, recipe.template, asked, said[k]))
+                    prompts.append(conversation(codec, asked, said[k]))
             if not mine:
                 continue
             # 4: a stream of its own
@@ -119,23 +121,26 @@ def answer_questions(model, tokenizer, questions, recipe, world) -> torch.Tensor
     return ids
 
 
-def conversation(tokenizer, template: str, asked: list[str], said: list[list[int]]) -> list[int]:
+def conversation(codec: Codec, asked: list[str], said: list[list[int]]) -> list[int]:
     """The ids of a conversation up to its next answer.
     asked: the prompts so far; said: the answers' ids, one fewer. With the chat template it is
     rendered as one; other templates have one round only, so rounds are put one after another."""
-    if template == "chat" and said:
+    if codec.template == "chat":
         messages = []
         for prompt, answer in zip(asked, [*said, []], strict=True):
             messages.append({"role": "user", "content": prompt})
-            messages.append({"role": "assistant", "content": decode(tokenizer, template, answer)})
+            messages.append({"role": "assistant", "content": decode(codec, answer)})
         del messages[-1]  # the answer that is still to come
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return encode(tokenizer, text, {"prompt": "{prompt}"})[0]
+        try:
+            text = render_messages(codec, messages)
+        except Unusable as problem:
+            fail(f"a question cannot be asked, {problem}: {PLAIN}")
+        return codec.tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = []
     for prompt, answer in zip(asked, [*said, []], strict=True):
-        more = encode(tokenizer, template, {"prompt": prompt})[0]
-        if ids and more[:1] == [tokenizer.bos_token_id]:
-            del more[0]  # one BOS, at the beginning
+        more = encode(codec, {"prompt": prompt})[0]
+        if ids and more[: len(codec.begin)] == codec.begin:
+            del more[: len(codec.begin)]  # one BOS, at the beginning
         ids += more + answer
     return ids
 

@@ -5,6 +5,8 @@ import hashlib
 import numpy as np
 import torch
 
+from spin.codec import Codec
+from spin.data import Unusable
 from spin.files import fail
 from spin.packing import balanced_bins
 from spin.recipe import fixed_knobs
@@ -12,7 +14,7 @@ from spin.run import hash_of_model
 from spin.tokens import encode
 
 
-def encode_pairs(rows, tokenizer, recipe) -> list[dict]:
+def encode_pairs(rows, codec: Codec, recipe) -> list[dict]:
     """Pairs as token ids: {"id", "iter", "index", "real": (ids, mask), "generated": (ids, mask)}.
     Arrays (T,) of int32 and int8: as lists, 100,000 pairs would fill a node's memory."""
     pairs = []
@@ -27,7 +29,10 @@ def encode_pairs(rows, tokenizer, recipe) -> list[dict]:
         # sampled ids are taken as they are: decoding loses how they were split
         sampled = row.get("generated_ids", row["generated"])
         for half, response in (("real", row["real"]), ("generated", sampled)):
-            ids, mask = encode(tokenizer, recipe.template, row, response, recipe.max_length)
+            try:
+                ids, mask = encode(codec, row, response, recipe.max_length)
+            except Unusable as problem:
+                fail("the pair with iter {} and id {}: {}".format(*key, problem))
             pair[half] = np.array(ids, np.int32), np.array(mask, np.int8)
         pairs.append(pair)
     if not pairs:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from loss import sequence_logps, token_logps
 from spin.files import fail
-from spin.models import compute_dtype
+from spin.models import compute_dtype, name_of, refuse_moving_angles
 from spin.packing import pack, packed
 
 FACTOR = 8  # times the measured rounding; families of all kinds stay below 3
@@ -38,7 +38,7 @@ STRETCH = 16  # tokens
 def probe(model, recipe, world):
     """Refuse, in one line, a model that scores a sequence otherwise in a row than alone.
     model: whole or sharded; all ranks take part, with the same tokens."""
-    refuse_moving_angles(model.config.get_text_config(), recipe.max_length)
+    refuse_moving_angles(model.config, recipe.max_length)
     before, middle, behind, other = random_sequences(model.config, recipe.max_length)
     with packed(model, recipe.attention) as way:
         in_row = packed_logps(model, [before, middle, behind], world.device)
@@ -77,27 +77,6 @@ def refuse(model, recipe, finding: str):
     try_this = "auto" if recipe.attention == "eager" else "eager"
     mend = f"try --attention {try_this}, or another model"
     fail(f"{name_of(model)} cannot keep sequences in one row apart: {finding}; {mend}")
-
-
-def name_of(model) -> str:
-    """The model's own name: FSDP puts its own before it."""
-    return type(model).__name__.removeprefix("FSDP")
-
-
-def refuse_moving_angles(config, longest: int):
-    """Refuse lengths from which on a model computes all its rotary angles anew: by the longest
-    sequence of a pass, so that the others' log-probabilities would depend on their neighbours."""
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
-        kind = rope.get("rope_type") if isinstance(rope, dict) else None
-        limit = config.max_position_embeddings if kind == "dynamic" else longest
-        if kind == "longrope":
-            limit = rope["original_max_position_embeddings"]
-        if longest > limit:
-            beyond = f"beyond {limit} positions this model's rotary angles ({kind}) change"
-            fail(
-                f"--max-length {longest}: {beyond} for all sequences of a pass; lower it to {limit}"
-            )
 
 
 def random_sequences(config, longest: int) -> list[list[int]]:

@@ -44,6 +44,10 @@ class Recipe:
     eval_split: str = knob("test_sft", "split of --eval-data, if it is a hub id")
     eval_prompts: int = knob(500, "held-out prompts; our choice", POSITIVE)
     template: str = knob("paper", "'paper' (Appendix B.1), 'chat', or a string with {prompt}")
+    template_kwargs: tuple[str, ...] = knob(
+        (), "arguments of the chat template, as name=value: enable_thinking=false"
+    )
+    date: str = knob("", "the day that a chat template may write, YYYY-MM-DD; today in a new run")
     iterations: int = free(4, "iterations T of Algorithm 1", POSITIVE)
     seed: int = knob(0, "seed of the subset, the sampling and the order of pairs", NOT_NEGATIVE)
     sft_baseline: bool = free(False, "also run continued SFT, same steps (the paper's Table 5)")

@@ -40,6 +40,7 @@ def main(argv=None):
     if not summary["spin"]:
         fail(f"{args.run} holds no eval.json: run evaluate.py first")
     summary["benchmarks"] = benchmarks(args.run, summary)
+    summary["rows"] = rows_of_sets(args.run, summary)
     write_json(args.run / "summary.json", summary, indent=1)
     iterations = range(len(summary["spin"]) - 1)
     steps = [lines_of(iteration_folder(args.run, t) / "metrics.jsonl") for t in iterations]
@@ -82,6 +83,16 @@ def benchmarks(run: Path, summary: dict) -> dict[str, dict]:
     return found
 
 
+def rows_of_sets(run: Path, summary: dict) -> dict[str, dict]:
+    """{"SFT set": the numbers of its rows that were read, and left out by each rule, …}."""
+    sampled = read_json(iteration_folder(run, 0) / "generated.json", RESTORE)
+    counts = {
+        "SFT set": sampled.get("left_out"),
+        "held-out set": summary["spin"][0].get("left_out"),
+    }
+    return {name: found for name, found in counts.items() if found}
+
+
 def lines_of(path: Path) -> list[dict]:
     """The rows of a JSONL file, none where there is no file; refuses one that was cut off."""
     if not path.exists():
@@ -120,6 +131,7 @@ def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
     tables = [paper_tables.beside_the_paper(table, results) for table in paper_tables.TABLES]
     given = {"name": name, "summary": summary, "problems": problems, "shown": shown}
     given |= {"models": list(named_models(summary)), "curves": curves(steps)}
+    given["rows"] = summary.get("rows") or {}
     charts = {"expected_exact_match": "expected exact match", "nll_per_token": "nats per token"}
     given["charts"] = {key: chart(summary, key, name) for key, name in charts.items()}
     given |= {"benchmarks": [table for table in tables if table], "differs": paper_tables.DIFFERS}

@@ -8,14 +8,13 @@ import json
 import numpy as np
 
 from spin.damage import check_ids
-from spin.data import read_rows, to_pair
+from spin.data import SHAPES, TEXTS, Unusable, to_pair
 from spin.files import fail
-from spin.tokens import encode, holds_special, parses_specials
+from spin.sources import read_rows
+from spin.tokens import holds_special, parses_specials, split_ids
 
-TEXTS = ("system", "prompt", "real", "generated")
 
-
-def select(rows, source: str, tokenizer, recipe, number: int) -> tuple[list[dict], dict]:
+def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], dict]:
     """The first `number` usable rows in the order that the seed gives: fewer are a subset of more,
     as the paper's 14k lie in its 26k and these in its 50k.
     Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of
@@ -27,30 +26,29 @@ def select(rows, source: str, tokenizer, recipe, number: int) -> tuple[list[dict
     for index in order.tolist():
         if len(pairs) == number:
             break
-        pair = {**to_pair(rows[index], f"{source}, row {index + 1}"), "id": index}
-        pair.pop("generated", None)  # an SFT set's own y' is neither used nor judged
         counts["read"] += 1
-        prompt = (pair.get("system", ""), pair["prompt"])
-        reason = _why_not(pair, "duplicate prompt" if prompt in seen else None, tokenizer, recipe)
-        if reason is None:
+        try:
+            pair = read_pair(rows[index], source, counts)
+            pair.pop("generated", None)  # an SFT set's own y' is neither used nor judged
+            prompt = (pair.get("system"), pair["prompt"])
+            check_text(pair, codec)
+            if prompt in seen:
+                raise Unusable("duplicate prompt")
             seen.add(prompt)
-            # one token more than max_length shows whether the response fits
-            ids, mask = encode(
-                tokenizer, recipe.template, pair, pair["real"], recipe.max_length + 1
-            )
-            pair["prompt_ids"] = ids[: len(ids) - sum(mask)]
-            reason = _bad_length(pair["prompt_ids"], recipe.max_length - recipe.max_new_tokens)
-        if reason is None:
-            pairs.append(pair)
-            reason = "response cut at max_length" if len(ids) > recipe.max_length else "usable"
-        counts[reason] += 1
-    del counts["usable"]
+            prompt_ids, ids, merged = split_ids(codec, pair, pair["real"], recipe.max_length)
+            check_length(prompt_ids, recipe.max_length - recipe.max_new_tokens)
+        except Unusable as problem:
+            counts[str(problem)] += 1
+            continue
+        pairs.append({**pair, "id": index, "prompt_ids": prompt_ids})
+        counts["response cut at max_length"] += len(prompt_ids + ids) > recipe.max_length
+        counts["answers whose first token merges with the prompt"] += merged
     if not pairs:
-        fail(f"{source} holds no usable rows ({counts_line(counts)})")
-    return pairs, counts
+        refuse_all(source, counts)
+    return pairs, +counts  # without zeros
 
 
-def select_pairs(sources: list[str], tokenizer, vocabulary: int, recipe) -> tuple[list[dict], dict]:
+def select_pairs(sources: list[str], codec, recipe) -> tuple[list[dict], dict]:
     """The pairs in the files of --pairs, in any shape that holds y', by the same rules.
     Returns the pairs, numbered by "id", and the counts of what was left out."""
     pairs = []
@@ -58,46 +56,69 @@ def select_pairs(sources: list[str], tokenizer, vocabulary: int, recipe) -> tupl
     counts = collections.Counter()
     for source in sources:
         for number, row in enumerate(read_rows(source, recipe.split), 1):
-            where = f"{source}, row {number}"
-            pair = to_pair(row, where)
-            if "generated" not in pair:
-                fail(f"{where}: a pair needs a generated response beside the real one")
-            if "generated_ids" in pair:  # from another run's generated.jsonl
-                check_ids(pair, where, vocabulary, tokenizer.eos_token_id)
             counts["read"] += 1
-            # a hash and not the text, for memory: the authors' sets repeat half of their rows
-            key = json.dumps([pair.get(name) for name in (*TEXTS, "generated_ids")])
-            key = hashlib.sha256(key.encode()).digest()
-            reason = _why_not(pair, "duplicate pair" if key in seen else None, tokenizer, recipe)
-            if reason is None:
-                ids, _ = encode(tokenizer, recipe.template, pair, max_length=recipe.max_length)
-                reason = _bad_length(ids, recipe.max_length - 1)
-            if reason is None:
-                seen.add(key)
-                pairs.append({**pair, "id": len(pairs)})
-            else:
-                counts[reason] += 1
-    return pairs, counts
+            try:
+                pair = read_pair(row, source, counts)
+                if "generated" not in pair:
+                    raise Unusable("no generated response beside the real one")
+                if "generated_ids" in pair:  # from another run's generated.jsonl
+                    check_ids(pair, f"{source}, row {number}", codec)
+                check_text(pair, codec)
+                # a hash and not the text, for memory: the authors' sets repeat half of their rows
+                key = json.dumps([pair.get(name) for name in (*TEXTS, "generated_ids")])
+                key = hashlib.sha256(key.encode()).digest()
+                if key in seen:
+                    raise Unusable("duplicate pair")
+                for half in ("real", "generated"):  # whether the template and the model take both
+                    prompt_ids, *_ = split_ids(codec, pair, pair[half], recipe.max_length)
+                check_length(prompt_ids, recipe.max_length - 1)
+            except Unusable as problem:
+                counts[str(problem)] += 1
+                continue
+            seen.add(key)
+            pairs.append({**pair, "id": len(pairs)})
+    if not pairs:
+        refuse_all(", ".join(sources), counts)
+    return pairs, +counts
 
 
-def _why_not(pair: dict, duplicate: str | None, tokenizer, recipe) -> str | None:
-    """The rule by which a pair is left out for its text; None where it can be used."""
+def read_pair(row, source: str, counts: dict) -> dict:
+    """The pair in a row; counts what of it is not used: other columns, later rounds."""
+    pair, unused = to_pair(row, source)
+    for name in unused:
+        counts[f"column {name} not used"] += 1
+    counts["later rounds not used"] += pair.pop("later_rounds", False)
+    return pair
+
+
+def check_text(pair: dict, codec):
+    """Raises Unusable where a pair cannot be used for its text."""
     answers = [pair["real"]]
     if "generated_ids" not in pair:  # sampled ids may be the EOS alone: an answer without text
         answers.append(pair.get("generated", pair["real"]))
     if not all(text.strip() for text in (pair["prompt"], *answers)):
-        return "empty prompt or response"
-    if duplicate:
-        return duplicate
-    spelt = any(holds_special(tokenizer, pair.get(name, "")) for name in TEXTS)
-    parsed = spelt and parses_specials(tokenizer, recipe.template)
-    return "text of a special token" if parsed else None
+        raise Unusable("empty prompt or response")
+    if not parses_specials(codec):
+        return
+    if any(holds_special(codec, pair.get(name, "")) for name in TEXTS):
+        raise Unusable("text of a special token")
 
 
-def _bad_length(prompt_ids: list[int], room: int) -> str | None:
+def check_length(prompt_ids: list[int], room: int):
+    """Raises Unusable where a prompt has no tokens, or more than there is room for."""
     if not prompt_ids:
-        return "prompt of no tokens"
-    return "prompt too long" if len(prompt_ids) > room else None
+        raise Unusable("prompt of no tokens")
+    if len(prompt_ids) > room:
+        raise Unusable("prompt too long")
+
+
+def refuse_all(source: str, counts: dict):
+    """End with one line, for a set of which nothing is left: why, and which shapes are known."""
+    known = ""
+    if any(reason.startswith("unknown shape") for reason in counts):
+        shapes = ("/".join(filter(None, shape)) for shape in SHAPES)
+        known = "; known: " + ", ".join(shapes)
+    fail(f"{source} holds no usable rows ({counts_line(counts)}){known}")
 
 
 def counts_line(counts: dict) -> str:

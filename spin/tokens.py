@@ -1,92 +1,138 @@
-"""Text → token ids and response masks, and back. Every stage renders and tokenises through here."""
+"""Text → token ids, and back. Every stage renders and tokenises through here, so that all see the
+same. What is prompt and what is answer: spin/codec.py."""
 
 import functools
+from functools import partial
 
-from spin.files import fail
+from spin.codec import Codec
+from spin.data import Unusable
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
 
 
-def load_tokenizer(name: str, recipe):
-    """The tokenizer of a model and the size of its head, checked together before any weight."""
-    from transformers import AutoConfig, AutoTokenizer, logging
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def render(codec: Codec, pair: dict, answer: str | None = None) -> str:
+    """The prompt as the model sees it, or the prompt and an answer with all that is around it.
+    pair: holds prompt, and maybe system. Plain templates substitute, and nothing else."""
+    system = pair.get("system", "")
+    if codec.template != "chat":
+        text = PAPER_TEMPLATE if codec.template == "paper" else codec.template
+        asked = f"{system}\n\n{pair['prompt']}" if system else pair["prompt"]
+        return text.replace("{prompt}", asked) + (answer or "")
+    # an empty system message is one: some templates would put their own in the place of none
+    messages = [{"role": "system", "content": system}] if "system" in pair else []
+    messages.append({"role": "user", "content": pair["prompt"]})
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    text = render_messages(codec, messages)
+    for name in ("system", "prompt"):
+        if pair.get(name, "").strip() not in text:
+            raise Unusable(f"the chat template drops or changes the {name}")
+    return text
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    revision = recipe.revision_of(name)
+
+def render_messages(codec: Codec, messages: list[dict]) -> str:
+    """A conversation by the chat template; with the generation prompt unless it is answered."""
+    asks = messages[-1]["role"] != "assistant"
     try:
-        # trust_remote_code unset, transformers would ask
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        text_config = config.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as problem:  # transformers raises many kinds here; each: no usable model
-        cause = f"{type(problem).__name__}: {str(problem)[:300]}"
-        fail(f"cannot load the tokenizer and config of {name}: {cause}")
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    # BERT and its kin are there too, for use as decoders; GPT-NeoX is one, and says it is not
-    decoder = getattr(text_config, "is_decoder", True) or causal in (config.architectures or ())
-    if not causal or not decoder:
-        wanted = "each token must follow from those before it"
-        fail(f"{name} is no causal language model ({config.model_type}): {wanted}")
-    if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= text_config.vocab_size:
-        known = f"its model only {text_config.vocab_size} tokens"
-        fail(f"the tokenizer of {name} has a token {largest}, {known}: not a pair")
-    context = getattr(text_config, "max_position_embeddings", None)
-    if context and recipe.max_length > context:
-        most = f"the {context} positions of {name}; give --max-length {context}"
-        fail(f"--max-length {recipe.max_length} is more than {most}")
-    return tokenizer, text_config.vocab_size
-
-
-def render(tokenizer, template: str, prompt: str, system: str = "") -> str:
-    """The prompt as the model sees it. template: 'paper', 'chat' (the tokenizer's own), or a string
-    with {prompt}: plain substitution."""
-    if template != "chat":
-        text = PAPER_TEMPLATE if template == "paper" else template
-        return text.replace("{prompt}", f"{system}\n\n{prompt}" if system else prompt)
-    mend = "use --template paper, or a string with {prompt}"
-    if not tokenizer.chat_template:
-        fail(f"this tokenizer has no chat template: {mend}")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return codec.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=asks, **codec.arguments
+        )
     except Exception as problem:  # a template may refuse by any, a system message for instance
-        fail(f"the chat template refuses a prompt ({problem}): {mend}")
+        raise Unusable(f"the chat template refuses it ({str(problem)[:80]})") from None
 
 
-def encode(tokenizer, template: str, pair: dict, response=None, max_length=None, eos=True):
-    """(prompt, response) → token ids and response mask, both (T,); here text becomes tokens.
+def split_text(codec: Codec, pair: dict, response: str | None, ended: bool) -> tuple[str, str]:
+    """(text of the prompt, text that the answer adds); ended: with what ends the answer (chat).
+    Raises Unusable where the chat template does more to the answer than trim it."""
+    text = render(codec, pair)
+    if codec.template != "chat":
+        # A template's last spaces go to the answer's first token, as in the LM Evaluation Harness:
+        # "Response: " + "Yes" and "Response:" + " Yes" are different tokens to most models.
+        prompt = text.rstrip(" ")
+        return prompt, text[len(prompt) :] + (response or "")
+    if response is None:
+        return text, ""
+    whole = render(codec, pair, response)
+    added = whole.removeprefix(text)
+    inner = added.removeprefix(codec.lead).removesuffix(codec.tail)
+    wanted = (text, codec.lead + inner + codec.tail, response.strip())
+    if (whole[: len(text)], added, inner.strip()) != wanted:
+        raise Unusable("the chat template changes the answer")
+    return text, added if ended else codec.lead + inner
+
+
+def split_ids(
+    codec: Codec, pair: dict, response=None, max_length=None, eos=True
+) -> tuple[list[int], list[int], bool]:
+    """(ids of the prompt, ids of the answer, whether their text has a token across the boundary).
     pair: holds prompt, and maybe system. response: text; sampled ids, taken as they are; or None
-    for the prompt alone. Text gets the EOS if eos. A response that does not fit in max_length is
-    cut and then has no EOS: one that was never produced would tell real from generated.
-    Exactly one BOS if the tokenizer has one, whatever its template does."""
+    for the prompt alone. Text gets the end of turn if eos, and if it is not certainly longer than
+    max_length. The prompt's ids do not depend on the answer. Raises Unusable."""
     # where specials are not parsed, "</s>" in someone's prompt is four characters and no EOS
-    literal = not parses_specials(tokenizer, template)
-    tokenise = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=literal)
-    room = most_characters(tokenizer, max_length) if max_length else None
-    text = render(tokenizer, template, pair["prompt"], pair.get("system", ""))[:room]
-    # The prompt's ids do not depend on the response: a template's last spaces go to the response's
-    # first token, as in the LM Evaluation Harness. "Response: " + "Yes" and "Response:" + " Yes"
-    # are different tokens to most models.
-    head = text.rstrip(" ")
-    ids = tokenise(head)["input_ids"]
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id not in (None, *ids[:1]) else []
-    if isinstance(response, str):
-        ended = eos and response == response[:room]
-        after = text[len(head) :] + response[:room]
-        both = tokenise(head + after)["input_ids"]
-        apart = both[: len(ids)] != ids  # merged at the boundary
-        if apart or not literal and holds_special(tokenizer, response):
-            both = ids + tokenise(after, split_special_tokens=True)["input_ids"]
-        response = both[len(ids) :] + [tokenizer.eos_token_id] * ended
-    response = response or []
-    mask = [0] * len(bos + ids) + [1] * len(response)
-    return (bos + ids + response)[:max_length], mask[:max_length]
+    literal = not parses_specials(codec)
+    tokenise = partial(codec.tokenizer, add_special_tokens=False, split_special_tokens=literal)
+    room = most_characters(codec.tokenizer, max_length) if max_length else None
+    in_words = isinstance(response, str)
+    ended = eos and in_words and response == response[:room]
+    prompt, added = split_text(codec, pair, response[:room] if in_words else None, ended)
+    prompt = prompt[:room]
+    ids = tokenise(prompt)["input_ids"]
+    answer = response or []
+    merged = False
+    if in_words:
+        both = tokenise(prompt + added)["input_ids"]
+        answer = both[len(ids) :]
+        merged = both[: len(ids)] != ids
+        if codec.template != "chat" and not literal and holds_special(codec, response):
+            answer = ids_amid_text(partial(tokenise, split_special_tokens=True), added)
+        elif merged:
+            answer = ids_amid_text(tokenise, added)
+        if codec.template != "chat":
+            answer = answer + [codec.end] * ended
+        elif ended:
+            answer = answer[: answer.index(codec.end) + 1]
+    if ids[: len(codec.begin)] != codec.begin:  # else the template wrote it
+        ids = codec.begin + ids
+    if any(i >= codec.vocabulary for i in ids + answer):
+        raise Unusable("a token that the model lacks")
+    return ids, answer, merged
+
+
+def ids_amid_text(tokenise, text: str) -> list[int]:
+    """The ids of a text that goes on from another: some tokenizers put a space before the first
+    word that they see, which here would be one too many."""
+    before = tokenise("\n")["input_ids"]
+    both = tokenise("\n" + text)["input_ids"]
+    whole = both[: len(before)] == before
+    return both[len(before) :] if whole else tokenise(text)["input_ids"]
+
+
+def encode(codec: Codec, pair: dict, response=None, max_length=None, eos=True):
+    """split_ids as one sequence: token ids and response mask, both (T,), cut at max_length. An
+    answer that was cut has no end of turn: one never produced would tell real from generated."""
+    ids, answer, _ = split_ids(codec, pair, response, max_length, eos)
+    mask = [0] * len(ids) + [1] * len(answer)
+    return (ids + answer)[:max_length], mask[:max_length]
+
+
+def decode(codec: Codec, ids: list[int]) -> str:
+    """The text of a sampled answer, without its end and what the template puts around it."""
+    ids = ids[:-1] if ids[-1:] == [codec.end] else ids
+    if codec.template == "chat":
+        end = codec.tokenizer.decode([codec.end])
+        lead = as_text(
+            codec.tokenizer, codec.tokenizer(codec.lead, add_special_tokens=False).input_ids
+        )
+        behind = codec.tail.partition(end)[0]
+        return as_text(codec.tokenizer, ids).removeprefix(lead).removesuffix(behind)
+    text = as_text(codec.tokenizer, ids)
+    spaced = codec.template == "paper" or codec.template.endswith(" ")
+    return text[1:] if spaced and text.startswith(" ") else text
+
+
+def as_text(tokenizer, ids: list[int]) -> str:
+    """Ids as text, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @functools.lru_cache(maxsize=8)
@@ -96,31 +142,26 @@ def most_characters(tokenizer, length: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def special_tokens(tokenizer) -> tuple[str, ...]:
+def special_tokens(codec: Codec) -> tuple[str, ...]:
     """Every special token's text, those included that have no role, such as <repo_name>."""
+    tokenizer = codec.tokenizer
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple({*tokenizer.all_special_tokens, *added})
+    return tuple({*tokenizer.all_special_tokens, *added, tokenizer.decode([codec.end])})
 
 
-def holds_special(tokenizer, text: str) -> bool:
-    """Whether text spells out a special token, such as </s>."""
-    return any(token in text for token in special_tokens(tokenizer))
+def holds_special(codec: Codec, text: str) -> bool:
+    """Whether text spells out a special token, such as </s>, or the one that ends an answer."""
+    return any(token in text for token in special_tokens(codec))
 
 
 @functools.lru_cache(maxsize=8)
-def parses_specials(tokenizer, template: str) -> bool:
+def parses_specials(codec: Codec) -> bool:
     """Whether text's special tokens are parsed: the template has some, or the tokenizer must."""
-    if template == "chat" or holds_special(tokenizer, template):
+    if codec.template == "chat" or holds_special(codec, codec.template):
         return True
-    names = [token for token in special_tokens(tokenizer) if token != tokenizer.unk_token]
+    tokenizer = codec.tokenizer
+    names = [token for token in special_tokens(codec) if token != tokenizer.unk_token]
     # their text may be in the vocabulary of words too
     text = "".join(f"{name}\n{name} {name}a{name}" for name in names)
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return not set(tokenizer.convert_tokens_to_ids(names)).isdisjoint(ids)
-
-
-def decode(tokenizer, template: str, ids: list[int]) -> str:
-    """The text of a sampled response, without its EOS and the space that the template lent it."""
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    spaced = template == "paper" or template.endswith(" ")
-    return text[1:] if spaced and text.startswith(" ") else text

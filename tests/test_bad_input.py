@@ -179,8 +179,8 @@ def data(content, name="set.jsonl"):
 
 
 def row(**fields):
-    """Good rows, and one with these fields: it is reached wherever it comes."""
-    return data([{"prompt": f"Spell {w}", "response": w} for w in ("tin", "kola")] + [fields])
+    """A set of this row alone: beside good ones it is left out and counted (test_sets.py)."""
+    return data([fields])
 
 
 def train_on(*rows):
@@ -341,15 +341,18 @@ KNOBS = knobs(f"""
 --trust-remote-code | FLAG
 --template "no place"; --template "{{ prompt }}" | holds {{prompt}}
 --template chat | no chat template
+--template-kwargs a=1 | name=value is wanted, and --template chat
+--date 2026-13-01 | --date must be a day
+--date yesterday | --date must be a day
 --template "\udcff{{prompt}}" | UTF-8
 --run /dev/null/run | /dev/null is a file
 --run {"r" * 300}; --model {"m" * 300} | cannot read or write: [Errno
 --model no/such/model | no model
 --model "" | FLAG must not be empty
 --data no/such.jsonl | no/such.jsonl
---data {THETA0} | no data
+--data {THETA0} | holds no file of data
 --data "" | FLAG must not be empty
---data demo | no data
+--data demo | holds no file of the split
 --split "" | FLAG must not be empty
 --eval-split "" | FLAG must not
 --recompute=maybe; --offload=1 | FLAG
@@ -365,17 +368,17 @@ LONG = b'{"prompt": "' + b"tin " * 12_500_000 + b'", "response": "y"}'
 DATA = {
     "--eval-data of nothing": (
         command("evaluate", "--theta0", "--eval-data", "no/such.jsonl"),
-        "cannot read no/such.jsonl",
+        "no data at no/such.jsonl",
     ),
     "an empty file": (data(""), "no rows"),
     "blank lines only": (data("\n \r\n\n"), "no rows"),
-    "a list as .json that holds no objects": (data("[{}, 3]", name="set.json"), "no rows"),
-    "an object as .json": (data('{"prompt": "a", "response": "b"}', name="set.json"), "no rows"),
+    "a list as .json that holds no objects": (data("[{}, 3]", name="set.json"), "no usable rows"),
+    "an object as .json": (data('{"epochs": 3}', name="set.json"), "unknown shape"),
     "half a .json": (data('[{"prompt": "a"', name="set.json"), "set.json"),
     "a .parquet that is none": (data("PAR1xxxx", name="set.parquet"), "set.parquet"),
-    "an unknown ending": (data(GOOD, name="set.csv"), "no data"),
+    "an unknown ending": (data(GOOD, name="set.txt"), "no data"),
     "a row without fields": (data("{}\n"), "unknown shape"),
-    "a row of other fields": (data('{"a": 1}\n'), "fields a; known: prompt/real"),
+    "a row of other fields": (data('{"a": 1}\n'), "fields a: 1); known: prompt/real"),
     "a line that is a list": (data("[1]\n"), "line 1"),
     "a line that is broken": (data(GOOD + b"{oops\n"), "line 2"),
     "a line that was cut off": (data(GOOD + GOOD[:-9]), "line 2"),
@@ -395,39 +398,39 @@ DATA = {
         data([{"prompt": w * 30, "response": "a"} for w in ("tin", "amu")]),
         "prompt too long: 2",
     ),
-    "a prompt that is null": (row(prompt=None, response="b"), "its prompt is no text"),
+    "a prompt that is null": (row(prompt=None, response="b"), "null in prompt: 1"),
     "a response that is a number": (
         row(prompt="a", response=3),
-        "row 3: the row has the shape prompt/response",
+        "real is no text: 1",
     ),
-    "a response that is a list": (row(question="a", answer=["b"]), "question/answer"),
-    "a lone surrogate": (row(prompt="a \ud800", response="b"), "surrogates not allowed"),
+    "a response that is a list": (row(question="a", answer=["b"]), "no list of messages"),
+    "a lone surrogate": (row(prompt="a \ud800", response="b"), "prompt is no valid Unicode"),
     "a field too few": (row(prompt="a"), "unknown shape with fields prompt"),
-    "messages that are text": (row(messages="Hi"), "messages"),
-    "messages that are null": (row(messages=None), "messages"),
-    "messages without a role": (row(messages=[{"content": "a"}, BOT]), "KeyError: 'role'"),
-    "messages without content": (row(messages=[{"role": "user"}, BOT]), "KeyError: 'content'"),
-    "messages of pictures": (row(messages=[USER, PICTURE]), "its real is no text"),
+    "messages that are text": (row(messages="Hi"), "no prompt first"),
+    "messages that are null": (row(messages=None), "null in messages"),
+    "messages without a role": (row(messages=[{"content": "a"}, BOT]), "a turn by 'None'"),
+    "messages without content": (row(messages=[{"role": "user"}, BOT]), "a turn without text"),
+    "messages of pictures": (row(messages=[USER, PICTURE]), "a turn without text"),
     "messages that begin with the answer": (
         row(messages=[BOT, USER]),
-        "does not begin with a user",
+        "no prompt first",
     ),
-    "one message": (row(messages=[USER]), "does not begin with a user"),
+    "one message": (row(messages=[USER]), "without an answer"),
     "pairs of two prompts": (
         row(real=[USER, BOT], generated=[{**USER, "content": "Other"}, BOT]),
-        "different prompts",
+        "do not answer the same prompt",
     ),
     "an Alpaca input that is a number": (
         row(instruction="a", input=3, output="b"),
-        "instruction/output",
+        "prompt is no text",
     ),
     "pairs without an answer of the opponent": (
         train_on({"prompt": "a", "response": "b"}),
-        "needs a generated response",
+        "no generated response beside the real one",
     ),
     "pairs none of which can be used": (
         train_on({"prompt": "a", "real": "", "generated": "c"}),
-        "no pairs to train on",
+        "empty prompt or response: 1",
     ),
     "a file of pairs that is not there": (train_on_no_file, "no.jsonl"),
 }
@@ -465,18 +468,65 @@ CHANGED_MODELS = {
     ),
     "a weight that is NaN": (weights(lambda w: w[UP].fill_(float("nan"))), "NaN or infinity"),
     "a shard of the weights missing": (sharded, "model-2.safetensors is missing, or empty"),
-    "an EOS beyond the model's vocabulary": (eos_beyond, "has a token 5000, its model only 88"),
+    "an EOS beyond the model's vocabulary": (eos_beyond, "ends an answer by token 5000, its model"),
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),
         "cannot load the tokenizer",
     ),
     "half a tokenizer": (cut("tokenizer.json", 100), "cannot load the tokenizer"),
     "a tokenizer without EOS": (tokenizer_config(), "no EOS"),
-    "a tokenizer larger than the model": (config(vocab_size=50), "not a pair"),
+    "a tokenizer larger than the model": (config(vocab_size=50), "a token that the model lacks: "),
 }
 MODELS = {
     name: (model(change, *stage_name), word)
     for name, (change, word, *stage_name) in CHANGED_MODELS.items()
+}
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+CHATS = {
+    "that does not end an answer": (TURNS.replace("</s>", "; "), "no special token", []),
+    "that refuses everything": ("{{ raise_exception('no') }}", "refuses a conversation (no)", []),
+    "that begins an answer otherwise": (
+        TURNS + "{% if add_generation_prompt %}assistant: <think>{% endif %}",
+        "cannot be split into prompt and answer",
+        [],
+    ),
+    "that drops the answer": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content[:2] }}</s>{% endfor %}",
+        "cannot be split into prompt and answer",
+        [],
+    ),
+    "that begins an answer with its end": (
+        TURNS.replace("{{ m.content", "</s>{{ m.content"),
+        "with the token that ends it",
+        [],
+    ),
+    "that drops the prompt": (
+        "{% for m in messages %}{{ m.content if m.role == 'assistant' }}</s>{% endfor %}",
+        "the chat template drops or changes the prompt: 2048",
+        [],
+    ),
+    "with an argument that it does not know": (
+        TURNS,
+        "knows no enable_thinking",
+        ["--template-kwargs", "enable_thinking=false"],
+    ),
+}
+
+
+def chat(template: str, flags: list[str]):
+    """generate.py with a chat template of this text."""
+
+    def lay_out(tmp_path, played):
+        script, folder, others = model(write("chat_template.jinja", template))(tmp_path, played)
+        return script, folder, [*others, "--template", "chat", *flags]
+
+    return lay_out
+
+
+TEMPLATES = {
+    f"a chat template {name}": (chat(template, flags), word)
+    for name, (template, word, flags) in CHATS.items()
 }
 
 RUNS = {
@@ -589,7 +639,7 @@ PAIRS = {
     ),
 }
 
-TABLE = KNOBS | DATA | MODELS | RUNS | PAIRS
+TABLE = KNOBS | DATA | MODELS | TEMPLATES | RUNS | PAIRS
 LOADS = ("weights that are not", "weights that are p", "a weight")  # nothing less would tell
 
 
@@ -702,15 +752,25 @@ def test_nul_characters_that_are_escaped_and_other_braces_in_a_template_are_text
     assert len(rows) == 5 and all(row["prompt"].startswith("Spell\0{0} ") for row in rows)
 
 
+def writes_no_bos(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+
+
 @pytest.mark.parametrize(
-    "fields, same",
-    [({"eos_token": "</s>", "bos_token": "<s>"}, True), ({"eos_token": "</s>"}, False)],
+    "change, same",
+    [
+        (tokenizer_config(eos_token="</s>", bos_token="<s>"), True),
+        (tokenizer_config(eos_token="</s>"), True),
+        (writes_no_bos, False),
+    ],
+    ids=["no pad", "no name for the BOS", "no BOS"],
 )
 def test_a_tokenizer_without_pad_gives_the_same_answers_and_one_without_bos_is_taken_as_it_is(
-    fields, same, clean, tmp_path
+    change, same, clean, tmp_path
 ):
     shutil.copytree(THETA0, tmp_path / "model")
-    tokenizer_config(**fields)(tmp_path / "model")
+    change(tmp_path / "model")
     rows = answers(tmp_path, PLAIN, "--model", tmp_path / "model")
     assert len(rows) == 5 and (rows == clean) == same
     flags = ["--data", tmp_path / "set.jsonl", "--model", tmp_path / "model"]

@@ -7,10 +7,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spin.data import read_rows, to_pair
+from spin.codec import make_codec
+from spin.data import Unusable
+from spin.data import to_pair as pair_and_unused
 from spin.files import write_jsonl
 from spin.recipe import Recipe
 from spin.selection import select
+from spin.sources import read_rows
 from spin.tokens import decode, encode, holds_special, render
 
 
@@ -20,6 +23,13 @@ def talk(*turns: str) -> list[dict]:
         {"role": "assistant" if i % 2 else "user", "content": content}
         for i, content in enumerate(turns)
     ]
+
+
+def to_pair(row, source="set"):
+    """The pair alone."""
+    pair, _ = pair_and_unused(row, source)
+    pair.pop("later_rounds", None)
+    return pair
 
 
 WANTED = {"prompt": "Hi?", "real": "Hello."}
@@ -65,13 +75,15 @@ def test_a_system_message_stays_with_the_prompt_and_only_the_first_round_counts(
     system = {"role": "system", "content": "Be kind."}
     pair = to_pair({"messages": [system, *ULTRACHAT["messages"]]}, "")
     assert pair == {**WANTED, "system": "Be kind."}
-    text = render(tokenizer, "paper", pair["prompt"], pair["system"])
+    text = render(
+        make_codec(tokenizer, "paper"), {"prompt": pair["prompt"], "system": pair["system"]}
+    )
     assert text.startswith("### Instruction: Be kind.\n\nHi?")
 
 
-def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
-    line = refused(lambda: to_pair({"text": "a", "label": 1}, "set.jsonl, row 1"))
-    assert "text, label" in line and "instruction/output" in line and "set.jsonl, row 1" in line
+def test_a_set_of_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused, tokenizer):
+    line = refused(lambda: selected([{"text": "a", "label": 1}], tokenizer))
+    assert "text, label" in line and "instruction/output" in line and "set holds no" in line
 
 
 # ---- tokens ----
@@ -80,32 +92,33 @@ def test_an_unknown_shape_is_refused_by_its_fields_and_the_known_ones(refused):
 SPACED_WORDS = "<unk> <s> </s> ▁ ### ▁### ▁Instruction: ▁Response: ▁Hi? ▁Hello Hello ▁Yes"
 
 
-def spaced_tokenizer(**specials):
-    """A tokenizer that splits as SentencePiece models do: a space belongs to the word behind it."""
+def spaced_tokenizer(adds_bos: bool = True):
+    """A tokenizer that splits as SentencePiece models do: a space belongs to the word behind it.
+    It puts its BOS before a text, as Llama's does, or has one and does not, as GPT-2's."""
     numbers = {word: i for i, word in enumerate([*SPACED_WORDS.split(), "\n"])}
     core = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
     )
     core.decoder = decoders.Metaspace()
-    # as Llama's: adds a BOS
-    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="</s>", **specials
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
 @pytest.fixture(params=["demo", "spaced"])
 def any_tokenizer(request, tokenizer):
-    return tokenizer if request.param == "demo" else spaced_tokenizer(bos_token="<s>")
+    return tokenizer if request.param == "demo" else spaced_tokenizer()
 
 
 def test_a_sequence_has_one_bos_and_ends_with_its_only_eos_and_the_mask_covers_the_response(
     any_tokenizer,
 ):
     tok = any_tokenizer
-    prompt, prompt_mask = encode(tok, "paper", {"prompt": "Hi?"})
-    ids, mask = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
+    prompt, prompt_mask = encode(make_codec(tok, "paper"), {"prompt": "Hi?"})
+    ids, mask = encode(make_codec(tok, "paper"), {"prompt": "Hi?"}, "Hello")
     assert ids[0] == tok.bos_token_id and ids.count(tok.bos_token_id) == 1
     assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
     assert ids[: len(prompt)] == prompt and not any(prompt_mask)
@@ -114,16 +127,17 @@ def test_a_sequence_has_one_bos_and_ends_with_its_only_eos_and_the_mask_covers_t
     assert "### Instruction: Hi?\n\n### Response: Hello" in text
 
 
-def test_a_tokenizer_without_bos_gets_none():
-    tok = spaced_tokenizer()
-    ids, _ = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
-    assert ids.count(1) == 0
-    assert tok("Hi?")["input_ids"].count(1) == 1  # though its post-processor would add one
+def test_a_tokenizer_that_writes_no_bos_gets_none_though_it_has_one():
+    tok = spaced_tokenizer(adds_bos=False)
+    ids, _ = encode(make_codec(tok, "paper"), {"prompt": "Hi?"}, "Hello")
+    assert ids.count(1) == 0 and tok.bos_token_id == 1
+    ids, _ = encode(make_codec(spaced_tokenizer(), "paper"), {"prompt": "Hi?"}, "Hello")
+    assert ids.count(1) == 1  # control: one that does
 
 
 def test_the_templates_last_space_goes_to_the_response_where_the_model_would_write_it():
-    tok = spaced_tokenizer(bos_token="<s>")
-    ids, mask = encode(tok, "paper", {"prompt": "Hi?"}, "Hello")
+    tok = spaced_tokenizer()
+    ids, mask = encode(make_codec(tok, "paper"), {"prompt": "Hi?"}, "Hello")
     assert tok.convert_ids_to_tokens(ids)[-3:] == ["▁Response:", "▁Hello", "</s>"]
     assert mask[-3:] == [0, 1, 1]
     # control: tokenised apart, a stray "▁"
@@ -134,27 +148,27 @@ def test_the_templates_last_space_goes_to_the_response_where_the_model_would_wri
 
 def test_generation_and_training_see_the_same_prompt_ids(tokenizer):
     pair = {"prompt": "Reverse kola"}
-    in_generation, _ = encode(tokenizer, "paper", pair)
-    in_training, _ = encode(tokenizer, "paper", pair, "alok")
+    in_generation, _ = encode(make_codec(tokenizer, "paper"), pair)
+    in_training, _ = encode(make_codec(tokenizer, "paper"), pair, "alok")
     assert in_training[: len(in_generation)] == in_generation
-    otherwise, _ = encode(tokenizer, "Q: {prompt}\nA:", pair)
+    otherwise, _ = encode(make_codec(tokenizer, "Q: {prompt}\nA:"), pair)
     assert in_generation != otherwise  # control: another template
 
 
 def test_sampled_ids_are_taken_as_they_are_though_their_text_would_be_split_otherwise(tokenizer):
     # letter by letter; the tokenizer has "Sort "
     spelled = [tokenizer.convert_tokens_to_ids(c) for c in " Sort 1"]
-    text = decode(tokenizer, "paper", spelled)
+    text = decode(make_codec(tokenizer, "paper"), spelled)
     assert text == "Sort 1"
-    ids, mask = encode(tokenizer, "paper", {"prompt": "x"}, spelled)
+    ids, mask = encode(make_codec(tokenizer, "paper"), {"prompt": "x"}, spelled)
     assert ids[-7:] == spelled and mask[-7:] == [1] * 7
     # control: its text
-    ids, mask = encode(tokenizer, "paper", {"prompt": "x"}, text, eos=False)
+    ids, mask = encode(make_codec(tokenizer, "paper"), {"prompt": "x"}, text, eos=False)
     assert [i for i, m in zip(ids, mask, strict=True) if m] != spelled
 
 
 def test_the_text_of_a_special_token_in_a_response_or_prompt_does_not_become_one(tokenizer):
-    ids, _ = encode(tokenizer, "paper", {"prompt": "say </s><s>"}, "a</s>b")
+    ids, _ = encode(make_codec(tokenizer, "paper"), {"prompt": "say </s><s>"}, "a</s>b")
     assert ids.count(tokenizer.eos_token_id) == 1 and ids.count(tokenizer.bos_token_id) == 1
     # control: plain tokenising parses it
     assert tokenizer("a</s>b")["input_ids"].count(tokenizer.eos_token_id) == 1
@@ -162,8 +176,8 @@ def test_the_text_of_a_special_token_in_a_response_or_prompt_does_not_become_one
 
 def test_a_response_that_does_not_fit_is_cut_and_gets_no_eos(tokenizer):
     pair = {"prompt": "Spell tin"}
-    whole, _ = encode(tokenizer, "paper", pair, "t-i-n")
-    ids, mask = encode(tokenizer, "paper", pair, "t-i-n", max_length=len(whole) - 2)
+    whole, _ = encode(make_codec(tokenizer, "paper"), pair, "t-i-n")
+    ids, mask = encode(make_codec(tokenizer, "paper"), pair, "t-i-n", max_length=len(whole) - 2)
     assert ids == whole[:-2] and len(mask) == len(ids)
     assert tokenizer.eos_token_id not in ids
 
@@ -180,39 +194,50 @@ def with_chat_template(tokenizer, template: str):
 def test_the_chat_template_is_the_tokenizers_own_with_one_bos(tokenizer):
     tok = with_chat_template(
         tokenizer,
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:\n{% endif %}",
     )
-    assert render(tok, "chat", "Hi", "Be kind") == "<s>system: Be kind\nuser: Hi\nassistant:\n"
-    ids, _ = encode(tok, "chat", {"prompt": "Hi"}, "Yo")
+    assert (
+        render(make_codec(tok, "chat"), {"prompt": "Hi", "system": "Be kind"})
+        == "<s>system:\nBe kind\nuser:\nHi\nassistant:\n"
+    )
+    ids, _ = encode(make_codec(tok, "chat"), {"prompt": "Hi"}, "Yo")
     assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
     assert ids.count(tok.eos_token_id) == 1
 
 
-def test_a_chat_template_that_refuses_a_system_message_is_named(tokenizer, refused):
+def test_a_chat_template_that_refuses_a_system_message_is_named(tokenizer):
     tok = with_chat_template(
         tokenizer,
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{{ messages[-1].content }}",
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
     )
-    assert render(tok, "chat", "Hi") == "Hi"
-    assert "no system role" in refused(lambda: render(tok, "chat", "Hi", "Be kind"))
+    assert render(make_codec(tok, "chat"), {"prompt": "Hi"}) == "Hi</s>"
+    with pytest.raises(Unusable, match="no system role"):
+        render(make_codec(tok, "chat"), {"prompt": "Hi", "system": "Be kind"})
 
 
 def test_a_special_token_without_a_role_counts_as_special_too(tokenizer):
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     tok = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token="</s>")
-    assert not holds_special(tokenizer, "see <repo>")
+    assert not holds_special(make_codec(tok, "paper"), "see <repo>")
     tok.add_tokens([AddedToken("<repo>", special=True)])
-    assert "<repo>" not in tok.all_special_tokens and holds_special(tok, "see <repo>")
+    assert "<repo>" not in tok.all_special_tokens
+    assert holds_special(make_codec(tok, "paper"), "see <repo>")
 
 
 def test_chat_without_a_chat_template_is_refused(tokenizer, refused):
-    assert "no chat template" in refused(lambda: render(tokenizer, "chat", "Hi"))
+    assert "no chat template" in refused(
+        lambda: render(make_codec(tokenizer, "chat"), {"prompt": "Hi"})
+    )
 
 
 def test_other_braces_in_template_or_prompt_are_plain_text(tokenizer):
-    assert render(tokenizer, "{x} {prompt} {0}", "a {prompt} {y}") == "{x} a {prompt} {y} {0}"
+    assert (
+        render(make_codec(tokenizer, "{x} {prompt} {0}"), {"prompt": "a {prompt} {y}"})
+        == "{x} a {prompt} {y} {0}"
+    )
 
 
 # ---- selection ----
@@ -226,7 +251,7 @@ SHORT = Recipe(max_length=64, max_new_tokens=24)
 
 
 def selected(rows, tokenizer, number=1000, recipe=SHORT):
-    return select(rows, "set", tokenizer, recipe, number)
+    return select(rows, "set", make_codec(tokenizer, recipe.template), recipe, number)
 
 
 def test_a_smaller_number_of_prompts_is_a_subset_of_a_larger_under_one_seed(tokenizer):
@@ -248,7 +273,7 @@ def test_what_is_left_out_is_counted_by_rule(tokenizer):
     ]
     pairs, counts = selected(rows, tokenizer)
     assert {p["prompt"] for p in pairs} == {"p 0", "p 1", "p 2", "z"}
-    assert dict(counts) == {
+    assert {name: number for name, number in counts.items() if number} == {
         "read": 8,
         "duplicate prompt": 1,
         "empty prompt or response": 2,

@@ -8,6 +8,7 @@ from conftest import REPO, THETA0
 sys.path.insert(0, str(REPO / "demo"))
 import make_demo
 
+from spin.codec import make_codec
 from spin.files import read_jsonl
 from spin.tokens import decode, encode
 
@@ -52,7 +53,7 @@ def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_gives_every_text_
     made = make_demo.make_tokenizer().backend_tokenizer
     assert made.to_str() == tokenizer.backend_tokenizer.to_str()
     for row in read_jsonl(REPO / "demo" / "train.jsonl"):
-        ids, mask = encode(tokenizer, "paper", row, row["response"], eos=False)
+        ids, mask = encode(make_codec(tokenizer, "paper"), row, row["response"], eos=False)
         assert tokenizer.unk_token_id not in ids
         answer = [i for i, m in zip(ids, mask, strict=True) if m]
-        assert decode(tokenizer, "paper", answer) == row["response"]
+        assert decode(make_codec(tokenizer, "paper"), answer) == row["response"]

@@ -7,31 +7,32 @@ import numpy as np
 import pytest
 import torch
 from conftest import MICRO, THETA0, torchrun
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import evaluate
 from loss import sequence_logps
-from spin.data import read_rows
+from spin.codec import load_codec
 from spin.flags import parse
 from spin.packing import pack
 from spin.sampling import sample, uniforms
 from spin.selection import select
+from spin.sources import read_rows
 from spin.tokens import encode
 
 
 def held_out():
     recipe, _ = parse(MICRO)
-    tokenizer = AutoTokenizer.from_pretrained(THETA0)
-    return tokenizer, select(read_rows(recipe.eval_data), "held-out", tokenizer, recipe, 12)[0]
+    codec = load_codec(str(THETA0), recipe)
+    return codec, select(read_rows(recipe.eval_data), "held-out", codec, recipe, 12)[0]
 
 
 def test_expected_exact_match_and_nll_are_what_the_chain_rule_gives(played):
     figures = json.loads((played / "eval.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.float64).eval()
-    tokenizer, pairs = held_out()
+    codec, pairs = held_out()
     chances, nll, tokens, greedy = [], 0.0, 0, []
     for pair in pairs:
-        ids, mask = encode(tokenizer, "paper", pair, pair["real"])
+        ids, mask = encode(codec, pair, pair["real"])
         logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         terms = [logps[j - 1, ids[j]].item() for j in range(len(ids)) if mask[j]]
         best = [logps[j - 1].argmax().item() == ids[j] for j in range(len(ids)) if mask[j]]
@@ -64,7 +65,7 @@ def test_theta_1_is_evaluated_against_theta_0_and_wins(played):
 @torch.no_grad()
 def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played):
     """λ (log p_θ2/p_θ1 (y|x) − log p_θ2/p_θ1 (y'|x)), y' ~ p_θ1, a sequence at a time."""
-    tokenizer, pairs = held_out()
+    codec, pairs = held_out()
     theta_1, theta_2 = (
         AutoModelForCausalLM.from_pretrained(
             played / f"iter{t}" / "model", dtype=torch.float32
@@ -72,10 +73,10 @@ def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played
         for t in (0, 1)
     )
     u = np.stack([uniforms(0, 1, pair["id"], 1, number=24) for pair in pairs])
-    drawn = sample(theta_1, [pair["prompt_ids"] for pair in pairs], tokenizer.eos_token_id, 24, u)
+    drawn = sample(theta_1, [pair["prompt_ids"] for pair in pairs], codec.end, 24, u)
     margins = []
     for pair, (y, _) in zip(pairs, drawn, strict=True):
-        two = [encode(tokenizer, "paper", pair, response) for response in (pair["real"], y)]
+        two = [encode(codec, pair, response) for response in (pair["real"], y)]
         new, old = (
             [sequence_logps(m, *pack([s], "cpu")).item() for s in two] for m in (theta_2, theta_1)
         )

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Top
 import generate
 from loss import sequence_logps
 from spin import distributed
+from spin.codec import make_codec
 from spin.damage import sampled_rows
 from spin.files import read_jsonl
 from spin.models import compute_dtype
@@ -76,7 +77,7 @@ def test_the_paged_engine_draws_anew_in_each_chunk_and_writes_rows_that_training
     stage("generate", tmp_path, "--iter", 0, "--engine", "paged")
     path = tmp_path / "iter0" / "generated.jsonl"
     rows = rows_of(tmp_path)
-    assert list(sampled_rows(path, 0, 88, tokenizer.eos_token_id)) == rows
+    assert list(sampled_rows(path, 0, make_codec(tokenizer, "paper"))) == rows
     plain = rows_of(played)
     prompts = [(row["id"], row["prompt"]) for row in plain]
     assert [(row["id"], row["prompt"]) for row in rows] == prompts
@@ -112,7 +113,7 @@ def test_ids_end_with_eos_exactly_when_the_answer_ended_by_itself(played, tokeni
         ids = row["generated_ids"]
         ended = ids[-1] == eos
         assert ids.count(eos) == ended == (row["finish"] == "eos")
-        assert row["generated"] == decode(tokenizer, "paper", ids)
+        assert row["generated"] == decode(make_codec(tokenizer, "paper"), ids)
 
 
 def test_an_answer_cut_at_the_limit_has_no_eos(model, tokenizer):
@@ -419,7 +420,7 @@ def test_the_stage_samples_with_the_temperature_and_nucleus_that_it_was_given(
     for name, flags in (("greedy", ["--temperature", 0]), ("nucleus", ["--top-p", 1e-6])):
         stage("generate", tmp_path / name, "--iter", 0, *flags)
         rows = rows_of(tmp_path / name)
-        prompts = [encode(tokenizer, "paper", row)[0] for row in rows]
+        prompts = [encode(make_codec(tokenizer, "paper"), row)[0] for row in rows]
         greedy = [ids for ids, _ in sample(model, prompts, tokenizer.eos_token_id, 24)]
         assert [row["generated_ids"] for row in rows] == greedy
         assert {row["id"]: row["generated_ids"] for row in rows} != plain  # control

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps
+from spin.codec import make_codec
 from spin.packing import pack
 from spin.tokens import encode
 
@@ -114,7 +115,7 @@ def chain_rule(model, ids, mask, average=False):
 @pytest.fixture()
 def sequences(tokenizer):
     answers = {"Reverse kola": "alok", "Larger of 12 and 93": "93", "Spell tin": "t-i-n, ok"}
-    return [encode(tokenizer, "paper", {"prompt": x}, y) for x, y in answers.items()]
+    return [encode(make_codec(tokenizer, "paper"), {"prompt": x}, y) for x, y in answers.items()]
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def test_mt_bench_answers_have_both_turns_in_fastchats_format(
     if template == "chat":
         model = shutil.copytree(long_theta, tmp_path / "chat")
         (model / "chat_template.jinja").write_text(
-            "{% for m in messages %}{{ '### Instruction: ' if m.role == 'user' else '' }}"
+            "<s>{% for m in messages %}{{ '### Instruction: ' if m.role == 'user' else ' ' }}"
             "{{ m.content }}{{ '\n\n### Response:' if m.role == 'user' else '</s>' }}{% endfor %}"
         )
     flags = [questions, *MICRO, "--model", str(model), "--template", template]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from loss import sequence_logps
 from spin import checkpoint, models
+from spin.codec import load_codec
 from spin.distributed import World, process_group
 from spin.files import read_jsonl, write_jsonl
 from spin.flags import ITER, parse
@@ -46,9 +47,8 @@ def fresh(played, tmp_path, iterations=(0,)):
 def recipe_and_pairs(run, t):
     """The micro recipe, and the pairs that iteration t of a run trains on."""
     recipe, args = parse([*MICRO, "--run", str(run), "--iter", str(t)], "", ITER, train.PAIRS)
-    tokenizer = AutoTokenizer.from_pretrained(THETA0)
-    rows = train.rows_to_train_on(recipe, args, tokenizer, len(tokenizer))
-    return recipe, encode_pairs(rows, tokenizer, recipe)
+    codec = load_codec(str(THETA0), recipe)
+    return recipe, encode_pairs(train.rows_to_train_on(recipe, args, codec), codec, recipe)
 
 
 # ---- the frozen opponent -------------------------------------------------------------------------

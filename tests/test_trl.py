@@ -14,11 +14,12 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import train_vs_trl
 
 import train
-from spin.data import read_rows
+from spin.codec import make_codec
 from spin.files import read_jsonl, write_jsonl
 from spin.flags import ITER, parse
 from spin.pairs import encode_pairs
 from spin.recipe import Recipe
+from spin.sources import read_rows
 from spin.tokens import render
 
 DPO = ["--lam", "0.5", "--lr", "1e-4"]
@@ -65,12 +66,13 @@ def test_dpo_from_the_same_texts_has_trls_losses(tmp_path, preferences, tokenize
     flags = ["--batch-size", "8", "--epochs", "1", "--micro-tokens", "128", "--iter", "0"]
     flags += [*DPO, "--pairs", str(preferences)]
     recipe, args = parse([*MICRO, *flags], "", ITER, train.PAIRS)
-    rows = train.rows_to_train_on(recipe, args, tokenizer, len(tokenizer))
-    pairs = encode_pairs(rows, tokenizer, recipe)
+    codec = make_codec(tokenizer, "paper")
+    rows = train.rows_to_train_on(recipe, args, codec)
+    pairs = encode_pairs(rows, codec, recipe)
     texts = []
     for row in read_jsonl(preferences):
         answers = {side: " " + row[side][1]["content"] for side in ("chosen", "rejected")}
-        prompt = render(tokenizer, "paper", row["prompt"]).rstrip(" ")
+        prompt = render(codec, {"prompt": row["prompt"]}).rstrip(" ")
         texts.append({"prompt": prompt, **answers})
 
     losses, _ = train_vs_trl.ours(str(THETA0), pairs, recipe, tmp_path)
