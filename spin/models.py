@@ -162,6 +162,9 @@ def blocks_of(model, recompute: bool) -> list:
     """The blocks that FSDP gathers one by one; inside activation checkpointing if recompute."""
     names = model._no_split_modules or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]
+    # some families name a part of their blocks too: the outermost are taken
+    inner = {part for block in blocks for part in block.modules() if part is not block}
+    blocks = [block for block in blocks if block not in inner]
     if not blocks:
         unnamed = f"{name_of(model)} does not name its blocks (_no_split_modules)"
         fail(f"{unnamed}: FSDP cannot shard it block by block")

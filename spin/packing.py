@@ -147,7 +147,7 @@ def forward_in_rows(model, forward, row: dict):
     column = wanted - bounds[which]  # (K,) and where in it
     first = int(column.min())
     output = forward(input_ids=ids, logits_to_keep=ids.shape[1] - first, use_cache=False)
-    output.logits = output.logits[which, column - first][None]  # (1, K, V)
+    output.logits = output.logits[which[None], (column - first)[None]]  # (1, K, V)
     return output
 
 
