@@ -80,7 +80,7 @@ FAMILIES = {
     "Phi-3, window": ("phi3", {**GROUPED, **WINDOW}),
     "Phi-3, longrope": (
         "phi3",
-        {**GROUPED, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 64}},
+        {**GROUPED, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
     ),
     "PhiMoE, window": ("phimoe", {**EXPERTS, **WINDOW, "num_local_experts": 4}),
     "GPT-2": ("gpt2", {}),
@@ -151,8 +151,8 @@ def save(model, folder: Path) -> Path:
 
 
 def alone(model, sequences) -> torch.Tensor:
-    """The oracle: each of N sequences (ids, mask) by itself, log-softmax of all its logits, those of
-    the response picked by hand. (N,) in float64."""
+    """The oracle: each of N sequences (ids, mask) by itself, log-softmax of all its logits, those
+    of the response picked by hand. (N,) in float64."""
     result = []
     with torch.no_grad():
         for ids, mask in sequences:

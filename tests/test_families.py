@@ -1,6 +1,8 @@
 """Models of many families through two iterations: the opponent's scores are those of each sequence
 alone, by transformers, or the first stage refuses the model in one line."""
 
+import shlex
+
 import pytest
 import torch
 from conftest import stage
@@ -16,7 +18,9 @@ QUICK = ["Mistral, window", "GPT-OSS", "OPT", "Falcon", "Nemotron"]
 QUICK_AND_LONG = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES
 ]
-FLAGS = "--num-prompts 6 --eval-prompts 3 --batch-size 6 --epochs 1 --max-new-tokens 12".split()
+FLAGS = shlex.split(
+    "--num-prompts 6 --eval-prompts 3 --batch-size 6 --epochs 1 --max-new-tokens 12"
+)
 
 
 def sequences_of(row: dict, tokenizer) -> list[tuple]:
@@ -77,6 +81,8 @@ def test_with_any_attention_a_packed_row_has_the_log_probs_of_each_sequence_alon
     assert (got - wanted).abs().max() < 1e-3
     with torch.no_grad():  # control: the same row, and nothing keeps its sequences apart
         ids, mask, lengths = pack(sequences, "cpu")
-        forgetful = lambda **row: model(row["input_ids"], logits_to_keep=row["logits_to_keep"])
-        together = sequence_logps(forgetful, ids, mask, lengths)
+        names = ("input_ids", "logits_to_keep")
+        together = sequence_logps(
+            lambda **row: model(**{n: row[n] for n in names}), ids, mask, lengths
+        )
     assert ((together - wanted).abs() > 1e-2).any()
