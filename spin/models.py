@@ -29,16 +29,23 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def attention_name(recipe, world: World, config) -> str | None:
     """transformers' name of --attention; auto is flash-attn where it can be used, else None: SDPA
     where the model has it, and eager where its attention is more. Refuses what a model lacks."""
-    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    # some attention has parts that flash-attn's own package lacks
-    flash = family._supports_flash_attn and not family._compatible_flash_implementations
-    lacks = {"sdpa": not family._supports_sdpa, "flash_attention_2": not flash}
-    if lacks.get(recipe.attention):
-        fail(f"{family.__name__} cannot use --attention {recipe.attention}: use --attention auto")
+    has_flash = refuse_missing_attention(config, recipe.attention)
     half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention: 16 bits
-    usable = flash and world.device.type == "cuda" and half and is_flash_attn_2_available()
+    usable = has_flash and world.device.type == "cuda" and half and is_flash_attn_2_available()
     automatic = "flash_attention_2" if usable else None
     return automatic if recipe.attention == "auto" else recipe.attention
+
+
+def refuse_missing_attention(config, attention: str) -> bool:
+    """Refuse an --attention that a model's family does not have; returns whether it has
+    FlashAttention-2."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # some attention has parts that the package flash-attn lacks
+    has_flash = family._supports_flash_attn and not family._compatible_flash_implementations
+    lacks = {"sdpa": not family._supports_sdpa, "flash_attention_2": not has_flash}
+    if lacks.get(attention):
+        fail(f"{family.__name__} cannot use --attention {attention}: use --attention auto")
+    return has_flash
 
 
 def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
@@ -108,6 +115,7 @@ def refuse_what_cannot_be_trained(name: str, recipe):
     revision = recipe.revision_of(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        refuse_missing_attention(config, recipe.attention)
         model = _without_weights(config, None)
     except Exception as problem:
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")

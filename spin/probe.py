@@ -16,7 +16,8 @@ that windows and rotary limits come into play wherever the run's sequences reach
 Compared are medians over stretches of 16 tokens: a fault such as a wrong window moves a stretch as
 a whole; a token that chooses another expert by a hair is one alone.
 
-The passes take 4 × --max-length tokens: less than two micro-batches that hold a longest pair each.
+The passes take 4 × --max-length tokens, padding not counted: no more than two micro-batches, each
+of a pair of the longest.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from spin.files import fail
 from spin.models import compute_dtype, name_of, refuse_moving_angles
 from spin.packing import pack, packed
 
-FACTOR = 8  # times the measured rounding; families of all kinds stay below 3
+FACTOR = 8  # times the measured rounding; the models of tests/families.py stay below 1
 STRETCH = 16  # tokens
 
 

@@ -2,10 +2,11 @@
 alone, by transformers, or the first stage refuses the model in one line."""
 
 import shlex
+import shutil
 
 import pytest
 import torch
-from conftest import stage
+from conftest import MICRO, load, stage, torchrun
 from families import FAMILIES, alone, random_sequences, save, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,3 +87,26 @@ def test_with_any_attention_a_packed_row_has_the_log_probs_of_each_sequence_alon
             lambda **row: model(**{n: row[n] for n in names}), ids, mask, lengths
         )
     assert ((together - wanted).abs() > 1e-2).any()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["Falcon", "GPT-OSS"])
+def test_two_ranks_score_and_train_as_one_does_in_padded_rows_and_with_masks(name, tmp_path):
+    """Every rank must make as many passes, probe and trial included, or the run would hang."""
+    theta = save(tiny(name), tmp_path / "theta")
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--iter", 0, *FLAGS, "--model", theta]
+    stage("generate", one, *flags)
+    shutil.copytree(one, two)
+    stage("train", one, *flags)
+    done = torchrun(2, "train.py", *MICRO, "--run-dir", two, *flags)
+    assert done.returncode == 0, done.stderr
+    weights = [load(run / "iter0" / "model").state_dict() for run in (one, two)]
+    start = load(theta).state_dict()
+    moved = max((w - start[n]).abs().max() for n, w in weights[0].items())
+    for n, w in weights[0].items():
+        assert (w - weights[1][n]).abs().max() < 0.05 * moved  # RMSProp's first step: signs
+    scores = [list(read_jsonl(run / "iter0" / "opponent.jsonl")) for run in (one, two)]
+    for a, b in zip(*scores, strict=True):
+        assert a["logp_real"] == pytest.approx(b["logp_real"], abs=1e-3)
+        assert a["logp_generated"] == pytest.approx(b["logp_generated"], abs=1e-3)
