@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import state_dict as states
 from spin.distributed import World, barrier, first_cause
 from spin.files import fail, read_json, read_jsonl, write_json, write_jsonl, write_whole
 from spin.models import second_names
-from spin.run import LOGS, Iteration
+from spin.run import LOGS, Iteration, hash_of_model
 
 
 def read_scores(iteration: Iteration, pairs) -> torch.Tensor | None:
@@ -114,7 +114,8 @@ def cut_metrics(path: Path, done: int):
 
 def export(model, tokenizer, folder: Path, world: World):
     """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
-    files.json beside it: sizes of all that training leaves; spin/checks.py tells damage by them."""
+    files.json beside it: the model's hash, and sizes of all that training leaves, by which
+    spin/checks.py tells damage."""
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = states.get_model_state_dict(model, options=options)
     for second in second_names(model):
@@ -128,13 +129,14 @@ def export(model, tokenizer, folder: Path, world: World):
         except Exception as problem:  # Rust's OSError is none
             raise OSError(problem) from None
         sizes = {}
-        for path in sorted(part.iterdir()):
+        for path in sorted(path for path in part.rglob("*") if path.is_file()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # before the checkpoint goes
-            sizes[f"{folder.name}/{path.name}"] = path.stat().st_size
+            sizes[f"{folder.name}/{path.relative_to(part)}"] = path.stat().st_size
         for log in map(folder.with_name, LOGS):
             if log.exists():
                 sizes[log.name] = log.stat().st_size
-        write_json(folder.with_name("files.json"), sizes, indent=1)
+        marks = {"hash": hash_of_model(str(part), ""), **sizes}
+        write_json(folder.with_name("files.json"), marks, indent=1)
         part.rename(folder)
     barrier()

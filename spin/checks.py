@@ -127,10 +127,13 @@ def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
         maker = f"train.py --iter {t - 1}{sft}"
         fail(f"theta_{t} is missing: {name} is made by {maker}, which has not finished")
     model_folder(name)
-    began_with = read_json(run / "recipe.json", RESTORE).get("theta_0")
-    if t == 0 and began_with not in (None, hash_of_model(name, recipe.revision)):
-        mend = "restore them, or choose another --run"
-        fail(f"the weights in {name} are not those that {run} began with: {mend}")
+    if t > 0:
+        made = read_json(Path(name).with_name("files.json"), RESTORE).get("hash")
+    else:
+        made = read_json(run / "recipe.json", RESTORE).get("theta_0")
+    if made not in (None, hash_of_model(name, recipe.revision)):
+        maker = f"that {run} began with" if t == 0 else "that train.py wrote"
+        fail(f"weights, tokenizer or chat template in {name} are not those {maker}: {RESTORE}")
     return name
 
 

@@ -92,6 +92,10 @@ def _check_values(recipe: Recipe):
     if recipe.template not in ("paper", "chat") and "{prompt}" not in recipe.template:
         wanted = "'paper', 'chat' or a string that holds {prompt}"
         fail(f"--template must be {wanted}, got {recipe.template!r}")
+    for letter in "nrt":  # a shell leaves them as they are in '…' and "…"
+        if f"\\{letter}" in recipe.template:
+            mend = "for a line break write $'…\\n…'"
+            fail(f"--template must not hold a backslash and an {letter}, as text: {mend}")
     for item in recipe.template_kwargs:
         if recipe.template != "chat" or "=" not in item:
             fail(f"--template-kwargs {item}: name=value is wanted, and --template chat")

@@ -42,13 +42,18 @@ def answers_of(recipe: Recipe, run: Path, t: int) -> list[tuple[int, Path]]:
 
 
 def hash_of_model(name: str, revision: str) -> str:
-    """A hash of weights and tokenizer, by which a run knows which model it began with.
+    """A hash of weights, config, tokenizer and chat template, by which a run knows its models.
     Two trainings of one model differ in the last megabyte of a file; hashing all 29 GB of a 7B
     model on every rank would cost minutes. A hub model is known by its name and revision."""
     if not Path(name).is_dir():
         return f"{name}@{revision}"
     digest = hashlib.sha256()
-    for path in [*weight_files(Path(name)), *sorted(Path(name).glob("tokenizer*.json"))]:
+    folder = Path(name)
+    patterns = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt")
+    texts = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    for path in texts:
+        digest.update(path.name.encode() + path.read_bytes())
+    for path in weight_files(folder):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 2**20))
             digest.update(file.read())
