@@ -29,6 +29,7 @@ from spin.distributed import process_group
 from spin.figures import figures_by_prompt, read_held_out, same_tokens, summarise
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl, write_whole
 from spin.flags import parse
+from spin.models import refuse_what_cannot_be_trained
 from spin.run import iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
 
@@ -55,6 +56,8 @@ def main(argv=None):
     if args.tasks:
         return lm_harness.run_benchmarks(policy, recipe, args.tasks, args.limit, out, made_from)
 
+    if args.theta0:  # the first stage of a run
+        refuse_what_cannot_be_trained(policy, recipe)
     held_out = read_held_out(policy, recipe)
     if args.opponent and not same_tokens(held_out, read_held_out(opponent, recipe)):
         fail(f"{policy} and {opponent} have different tokenizers: they cannot play")

@@ -26,7 +26,8 @@ from spin.damage import chunks_done
 from spin.distributed import barrier, next_chunk, process_group
 from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl, write_whole
 from spin.flags import ITER, parse
-from spin.models import load_frozen
+from spin.models import load_frozen, refuse_what_cannot_be_trained
+from spin.probe import probe
 from spin.run import hash_of_model, iteration_folder, save_recipe, starting_model
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select
@@ -46,6 +47,7 @@ def main(argv=None):
         return print(f"{out} is there already: nothing to do")
     theta_t = starting_model(recipe, run, t)
     codec = load_codec(theta_t, recipe)
+    refuse_what_cannot_be_trained(theta_t, recipe)
     rows = read_rows(recipe.data, recipe.split)
     pairs, left_out = select(rows, recipe.data, codec, recipe, recipe.num_prompts)
     seal = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
@@ -57,6 +59,7 @@ def main(argv=None):
 
     with process_group() as world:
         model = load_frozen(theta_t, recipe, world)
+        probe(model, recipe, world)  # before hours of sampling: can train.py score its answers?
         barrier()  # nobody writes before everybody has seen what is missing and has its model
         parts_folder.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:
@@ -75,11 +78,16 @@ def main(argv=None):
         bar.close()
         barrier()
         if world.rank == 0:
-            rows = [row for part in parts for row in read_jsonl(part)]
-            write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
+            merge(parts, out)
             shutil.rmtree(parts_folder)
-            print(f"{out}: {len(rows)} answers")
-            signs.warn(signs.ended_alike(rows))
+
+
+def merge(parts, out):
+    """The chunks' rows, sorted by id, become generated.jsonl."""
+    rows = [row for part in parts for row in read_jsonl(part)]
+    write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
+    print(f"{out}: {len(rows)} answers")
+    signs.warn(signs.ended_alike(rows))
 
 
 def answer(model, codec, chunk: list[dict], recipe, t: int) -> list[dict]:

@@ -42,6 +42,7 @@ from spin.flags import ITER, parse
 from spin.models import blocks_of, clip_gradients, compute_dtype, load_empty, read_weights
 from spin.packing import pack, packed
 from spin.pairs import batches, encode_pairs, made_from, micro_batches, sequences
+from spin.probe import probe
 from spin.run import (
     Iteration,
     answers_of,
@@ -76,6 +77,7 @@ def main(argv=None):
         model, folder = load_empty(theta_t, recipe, world)
         shard(model, recipe, world)
         read_weights(model, folder, recipe, world)
+        probe(model, recipe, world)
         # train sets lr at each step. No weight decay: Appendix B.1. No foreach: its temporaries
         # are as large as the rank's part of the model
         optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)

@@ -15,6 +15,7 @@ from spin.codec import Codec, load_codec
 from spin.distributed import sum_over_ranks
 from spin.models import load_frozen
 from spin.packing import balanced_bins, pack, packed
+from spin.probe import probe
 from spin.run import SHOWN
 from spin.sampling import sample, uniforms
 from spin.selection import select
@@ -71,12 +72,12 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     starts = range(0, len(mine), recipe.chunk)
     chunks = [[pairs[i] for i in mine[k : k + recipe.chunk]] for k in starts]
     total = len(chunks) * (2 if opponent else 1)
-    bar = tqdm(total=total, desc="evaluate", unit="chunk", disable=world.rank > 0)
+    bar = tqdm(total=total, desc="evaluate", unit="chunk", disable=world.rank > 0, delay=1e-9)
     # the opponent first: when it has answered and scored, it leaves the memory to the policy
     games = [None] * len(chunks)
     if opponent:
         games = opponent_plays(opponent, chunks, codec, recipe, t, world, bar)
-    model = load_frozen(policy, recipe, world)
+    model = load_probed(policy, recipe, world, bar)
     rows = []
     for chunk, game in zip(chunks, games, strict=True):
         rows += figures_of_chunk(model, codec, chunk, game, recipe, t)
@@ -87,10 +88,18 @@ def figures_by_prompt(policy: str, opponent: str | None, held_out: HeldOut, reci
     return sum_over_ranks(table).numpy(), shown  # each row was filled by one rank
 
 
+def load_probed(name: str, recipe, world, bar):
+    """A model to score with; the bar is drawn only then, for a refusal has a line of its own."""
+    model = load_frozen(name, recipe, world)
+    probe(model, recipe, world)
+    bar.refresh()
+    return model
+
+
 def opponent_plays(opponent: str, chunks, codec, recipe, t: int, world, bar) -> list[tuple]:
     """The opponent's game with each chunk of B pairs: its answers y' ~ p_θt, as (ids, mask) each,
     log p_θt(y|x) (B,) and log p_θt(y'|x) (B,)."""
-    model = load_frozen(opponent, recipe, world)
+    model = load_probed(opponent, recipe, world, bar)
     played = []
     for chunk in chunks:
         answers = zip(chunk, sample_answers(model, codec, chunk, recipe, t), strict=True)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from spin.distributed import World
@@ -25,23 +26,39 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(name, automatic)
 
 
-def attention_name(recipe, world: World) -> str:
-    """transformers' name of --attention; auto is flash-attn where it can be used, else SDPA."""
+def attention_name(recipe, world: World, config) -> str | None:
+    """transformers' name of --attention; auto is flash-attn where it can be used, else None: SDPA
+    where the model has it, and eager where its attention is more. Refuses what a model lacks."""
+    has_flash = refuse_missing_attention(config, recipe.attention)
     half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention: 16 bits
-    flash = world.device.type == "cuda" and half and is_flash_attn_2_available()
-    automatic = "flash_attention_2" if flash else "sdpa"
+    usable = has_flash and world.device.type == "cuda" and half and is_flash_attn_2_available()
+    automatic = "flash_attention_2" if usable else None
     return automatic if recipe.attention == "auto" else recipe.attention
+
+
+def refuse_missing_attention(config, attention: str) -> bool:
+    """Refuse an --attention that a model's family does not have; returns whether it has
+    FlashAttention-2."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # some attention has parts that the package flash-attn lacks
+    has_flash = family._supports_flash_attn and not family._compatible_flash_implementations
+    lacks = {"sdpa": not family._supports_sdpa, "flash_attention_2": not has_flash}
+    if lacks.get(attention):
+        fail(f"{family.__name__} cannot use --attention {attention}: use --attention auto")
+    return has_flash
 
 
 def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
     """A transformers model in dtype, whole, on the CPU; refused if not all of it can be loaded.
     It stays in eval mode: with dropout the untrained policy would not be the opponent."""
+    revision = recipe.revision_of(name)
     try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
-            revision=recipe.revision_of(name),
+            revision=revision,
             dtype=dtype,
-            attn_implementation=attention_name(recipe, world),
+            attn_implementation=attention_name(recipe, world, config),
             output_loading_info=True,
             use_safetensors=True,  # a .bin is a pickle
             trust_remote_code=False,
@@ -78,9 +95,7 @@ def load_empty(name: str, recipe, world: World):
         if not Path(name).is_dir():
             folder = snapshot_download(name, revision=revision, allow_patterns=files)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        how = {"dtype": torch.float32, "attn_implementation": attention_name(recipe, world)}
-        with register_module_parameter_registration_hook(_on_meta):
-            model = AutoModelForCausalLM.from_config(config, **how).eval()
+        model = _without_weights(config, attention_name(recipe, world, config))
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
@@ -92,6 +107,49 @@ def load_empty(name: str, recipe, world: World):
     if not same or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
         return load_whole(name, recipe, world, torch.float32), folder
     return model, folder
+
+
+def refuse_what_cannot_be_trained(name: str, recipe):
+    """End with one line where no run can finish with a model, for the stages that come before
+    train.py: by its config alone."""
+    revision = recipe.revision_of(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        refuse_missing_attention(config, recipe.attention)
+        model = _without_weights(config, None)
+    except Exception as problem:
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    blocks_of(model, recompute=False)
+    refuse_moving_angles(config, recipe.max_length)
+
+
+def refuse_moving_angles(config, longest: int):
+    """Refuse lengths from which on a model computes all its rotary angles anew: by the longest
+    sequence of a pass, so that the others' log-probabilities would depend on their neighbours."""
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        limit = config.max_position_embeddings if kind == "dynamic" else longest
+        if kind == "longrope":
+            limit = rope["original_max_position_embeddings"]
+        if longest > limit:
+            beyond = f"beyond {limit} positions this model's rotary angles ({kind}) change"
+            fail(
+                f"--max-length {longest}: {beyond} for all sequences of a pass; lower it to {limit}"
+            )
+
+
+def name_of(model) -> str:
+    """The class of a model, without the prefix of FSDP's."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def _without_weights(config, attention: str | None):
+    """A model in eval mode and fp32, its parameters without memory."""
+    how = {"dtype": torch.float32, "attn_implementation": attention}
+    with register_module_parameter_registration_hook(_on_meta):
+        return AutoModelForCausalLM.from_config(config, **how).eval()
 
 
 def read_weights(model, folder: str, recipe, world: World):
@@ -112,8 +170,11 @@ def blocks_of(model, recompute: bool) -> list:
     """The blocks that FSDP gathers one by one; inside activation checkpointing if recompute."""
     names = model._no_split_modules or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]
+    # some families name a part of their blocks too: the outermost are taken
+    inner = {part for block in blocks for part in block.modules() if part is not block}
+    blocks = [block for block in blocks if block not in inner]
     if not blocks:
-        unnamed = f"{type(model).__name__} does not name its blocks (_no_split_modules)"
+        unnamed = f"{name_of(model)} does not name its blocks (_no_split_modules)"
         fail(f"{unnamed}: FSDP cannot shard it block by block")
     if recompute:
         wrap.apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)

@@ -18,6 +18,7 @@ import time
 import pytest
 import torch
 from conftest import MICRO, REPO, THETA0, shell, stage, torchrun
+from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -25,8 +26,12 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForCausalLM,
 )
 
 from spin.files import read_jsonl, write_jsonl
@@ -441,6 +446,49 @@ DATA = {
 BERT = config(model_type="bert", architectures=["BertForMaskedLM"])
 MINE = config(model_type="mine", auto_map={"AutoConfig": "mine.Config"})
 SAFETENSORS = "model.safetensors"
+SMALL = dict(
+    vocab_size=88,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+)
+MOVING = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 32,
+}
+
+
+def family(build):
+    """Another model in the folder, with the same tokenizer."""
+    return lambda folder: build().save_pretrained(folder)
+
+
+def openai_gpt():
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=88, **sizes))
+
+
+def roberta():
+    """Its positions begin at pad_token_id + 1, unless they are given."""
+    config = RobertaPreLayerNormConfig(**{**SMALL, "max_position_embeddings": 80}, is_decoder=True)
+    model = RobertaPreLayerNormForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    torch.nn.init.normal_(model.base_model.embeddings.position_embeddings.weight)
+    return model
+
+
+def softcapped(tmp, played):
+    shutil.copytree(THETA0, tmp / "model")
+    tiny("Gemma 2").save_pretrained(tmp / "model")
+    flags = ["--iter", "0", "--model", tmp / "model", "--attention", "sdpa"]
+    return "generate", tmp / "run", flags
+
+
 CHANGED_MODELS = {
     "no config.json": (remove("config.json"), "config.json"),
     "half a config.json": (cut("config.json", 40), "cannot load the tokenizer and config"),
@@ -470,6 +518,15 @@ CHANGED_MODELS = {
     ),
     "a weight that is NaN": (weights(lambda w: w[UP].fill_(float("nan"))), "NaN or infinity"),
     "a shard of the weights missing": (sharded, "model-2.safetensors is missing, or empty"),
+    "rotary angles that move": (
+        config(rope_parameters=MOVING),
+        "beyond 32 positions this model's rotary angles (longrope) change",
+    ),
+    "blocks without a name": (family(openai_gpt), "OpenAIGPTLMHeadModel does not name its blocks"),
+    "a model that counts positions from another number": (
+        family(roberta),
+        "cannot keep sequences in one row apart: one differs from the same sequence alone",
+    ),
     "an EOS beyond the model's vocabulary": (eos_beyond, "ends an answer by token 5000, its model"),
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),
@@ -482,6 +539,11 @@ CHANGED_MODELS = {
 MODELS = {
     name: (model(change, *stage_name), word)
     for name, (change, word, *stage_name) in CHANGED_MODELS.items()
+} | {
+    "an attention that the model lacks": (
+        softcapped,
+        "Gemma2ForCausalLM cannot use --attention sdpa: use --attention auto",
+    )
 }
 
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -642,7 +704,12 @@ PAIRS = {
 }
 
 TABLE = KNOBS | DATA | MODELS | TEMPLATES | RUNS | PAIRS
-LOADS = ("weights that are not", "weights that are p", "a weight")  # nothing less would tell
+LOADS = (
+    "weights that are not",
+    "weights that are p",
+    "a weight",
+    "a model that counts",
+)  # nothing less would tell
 
 
 def listed_messages():
@@ -778,16 +845,6 @@ def test_a_tokenizer_without_pad_gives_the_same_answers_and_one_without_bos_is_t
     flags = ["--data", tmp_path / "set.jsonl", "--model", tmp_path / "model"]
     stage("train", tmp_path / "run", "--iter", 0, *flags)
     assert (tmp_path / "run" / "iter0" / "model").is_dir()
-
-
-SMALL = dict(
-    vocab_size=88,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
 
 
 @pytest.mark.parametrize(

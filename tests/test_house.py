@@ -30,7 +30,7 @@ ARGUMENTS = 7
 # The loops of the sampler share one long list of arguments, and transformers dictates what a cache
 # and an attention take.
 FREE_ROOMS = ["spin/sampling.py", "spin/slots.py"]
-FREE_FUNCTIONS = ["packed_attention"]
+FREE_FUNCTIONS = ["packed_attention", "trial_attention"]
 LINE_LENGTH = 100
 
 USERS_SIX = ["torch", "transformers", "datasets", "flash-attn", "numpy", "tqdm"]

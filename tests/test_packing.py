@@ -18,9 +18,12 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from loss import sequence_logps, token_logps
+from spin.attention import packed_attention
 from spin.packing import balanced_bins, pack, packed
 
 SMALL = {
@@ -32,12 +35,31 @@ SMALL = {
     "max_position_embeddings": 64,
 }
 SMALL_GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SMALL_MAMBA = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
+SMALL_GEMMA = {
+    **GROUPED,
+    "head_dim": 8,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "attn_logit_softcapping": 2.0,
+}
+CONVOLVING = ["conv", "full_attention"]
 KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "grouped queries": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
     "sliding window": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=7)),
     "learnt positions": lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2)),
+    "older make": lambda: StableLmForCausalLM(StableLmConfig(**GROUPED)),
+    "state space": lambda: MambaForCausalLM(MambaConfig(**SMALL_MAMBA)),
+    "convolutions": lambda: Lfm2ForCausalLM(Lfm2Config(**GROUPED, layer_types=CONVOLVING)),
+    "windows in some layers, softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL_GEMMA)),
+}
+WAYS = {  # with --attention auto, and otherwise
+    "older make": ("rows", "rows"),
+    "state space": ("rows", "rows"),
+    "convolutions": ("rows", "rows"),
+    "windows in some layers, softcap": ("masks", "masks"),
 }
 
 
@@ -77,16 +99,21 @@ def test_packed_log_probs_and_gradients_are_those_of_each_sequence_alone(kind, a
     model = build(kind)
     sequences = rows()
     wanted = one_by_one(model, sequences)
-    if attention != "auto":
+    if attention == "sdpa" and not model._supports_sdpa:
+        return  # refused: test_probe.py
+    if attention != "auto" and attention != model.config._attn_implementation:
         model.set_attn_implementation(attention)
-    with packed(model, attention):
-        assert model.config._attn_implementation == ("packed" if attention == "auto" else attention)
+    before = model.config._attn_implementation
+    with packed(model, attention) as way:
+        assert way == WAYS.get(kind, ("packed", "masks"))[attention != "auto"]
+        assert model.config._attn_implementation == ("packed" if way == "packed" else before)
         got = sequence_logps(model, *pack(sequences, "cpu"))
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-4)
         wanted_gradient = gradient(wanted, model)
         error = gradient(got, model) - wanted_gradient
         assert error.norm() < 1e-4 * wanted_gradient.norm()
-    assert model.config._attn_implementation == ("sdpa" if attention == "auto" else attention)
+    # as it was, for sampling
+    assert model.config._attn_implementation == before and "forward" not in vars(model)
 
 
 LOST = [("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"), ("position_ids",)]
@@ -122,24 +149,36 @@ def test_a_neighbour_in_the_row_changes_nothing():
     assert first[1].item() == pytest.approx(second[1].item(), rel=1e-5)
 
 
-def test_models_that_mix_along_the_row_or_whose_attention_is_not_known_are_refused(refused):
-    recurrent = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1))
-    layers = ["conv", "full_attention"]
-    convolving = Lfm2ForCausalLM(Lfm2Config(**GROUPED, layer_types=layers))
+def test_a_mask_of_the_models_own_is_refused_and_not_overlooked(refused):
+    """One that forbids nothing more, too: packed_attention cannot know."""
+    model = build("llama")
+    layer = model.model.layers[0].self_attn
+    own = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            args,
+            {**kwargs, "attention_mask": torch.zeros(1, 1, 64, 64)},
+        ),
+        with_kwargs=True,
+    )
+    model.set_attn_implementation("packed")
+    line = refused(lambda: sequence_logps(model, *pack(rows(), "cpu")))
+    assert "attention has a mask of its own, which --attention auto does not know" in line
+    model.set_attn_implementation("sdpa")
+    with packed(model) as way:  # the model was asked beforehand, and said so
+        assert way == "rows"
+    own.remove()
+    with packed(model) as way:  # control
+        assert way == "packed"
 
-    def use(model):
-        with packed(model):
-            sequence_logps(model, *pack(rows(), "cpu"))
 
-    assert "MambaForCausalLM cannot keep" in refused(lambda: use(recurrent))
-    assert "Lfm2ForCausalLM cannot keep" in refused(lambda: use(convolving))
-    gemma = Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)).eval()
-    assert "softcap" in refused(lambda: use(gemma))
-    assert gemma.config._attn_implementation != "packed"
-    gemma.set_attn_implementation("eager")  # as the message advises
-    with packed(gemma, "eager"), torch.no_grad():
-        got = sequence_logps(gemma, *pack(rows(), "cpu"))
-        assert torch.allclose(got, one_by_one(gemma, rows()), rtol=1e-4)
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_attention_that_is_more_than_softmax_is_refused_by_packed_attention(name, refused):
+    x = torch.randn(1, 2, 5, 8)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    known = {"cu_seq_lens_q": bounds, "max_length_q": 3}
+    line = refused(lambda: packed_attention(None, x, x, x, None, **known, **{name: x}))
+    assert f"this model's attention has {name}, which" in line
+    assert packed_attention(None, x, x, x, None, **known, **{name: None})[0].shape == (1, 5, 2, 8)
 
 
 def test_token_logps_are_log_softmax_and_so_is_their_gradient_in_blocks_of_any_size():

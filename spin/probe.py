@@ -1,0 +1,135 @@
+"""Does a row's every sequence get the log-probabilities that it has alone? Asked of the model, on
+this run's own device, dtype and attention, at the start of each stage that samples or scores.
+
+A row is packed of three sequences of random tokens: a short one, one of --max-length tokens, so
+that windows and rotary limits come into play wherever the run's sequences reach them, a short one.
+
+(a) The row is scored twice, the second time with other tokens in the middle. The outer sequences'
+    log-probabilities must have the same bits: nothing of a neighbour may get through, from before
+    or from behind. (Where tokens choose experts, these compute batches of another shape: then (b)'s
+    tolerance.)
+(b) Each sequence is scored alone too, by the model as transformers gives it. What rounding may do
+    is measured, not guessed: every embedding is moved by one unit in its last place, so that all
+    that is computed from it is rounded anew. Rounding differs between row and alone in the same
+    places, so what is more than 8 times as far away is no rounding.
+
+Compared are medians over stretches of 16 tokens: a fault such as a wrong window moves a stretch as
+a whole; a token that chooses another expert by a hair is one alone.
+
+The passes take 4 × --max-length tokens, padding not counted: no more than two micro-batches, each
+of a pair of the longest.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from loss import sequence_logps, token_logps
+from spin.files import fail
+from spin.models import compute_dtype, name_of, refuse_moving_angles
+from spin.packing import pack, packed
+
+FACTOR = 8  # times the measured rounding; the models of tests/families.py stay below 1
+STRETCH = 16  # tokens
+
+
+@torch.no_grad()
+def probe(model, recipe, world):
+    """Refuse, in one line, a model that scores a sequence otherwise in a row than alone.
+    model: whole or sharded; all ranks take part, with the same tokens."""
+    refuse_moving_angles(model.config, recipe.max_length)
+    before, middle, behind, other = random_sequences(model.config, recipe.max_length)
+    with packed(model, recipe.attention) as way:
+        in_row = packed_logps(model, [before, middle, behind], world.device)
+        beside_other = packed_logps(model, [before, other, behind], world.device)
+    alone = [plain_logps(model, ids, world.device) for ids in (before, middle, behind)]
+    eps = torch.finfo(compute_dtype(recipe.dtype, world.device)).eps
+    with moved_embeddings(model, eps):
+        moved = plain_logps(model, before, world.device)
+    if way == "rows" and world.rank == 0:
+        price = "each sequence gets a padded row of its own, which needs more memory"
+        print(f"{name_of(model)}: {price}")
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP2 leaves the root unsharded after a pass without gradient
+
+    if not torch.cat(alone).isfinite().all():
+        return  # sampling and scoring have a line of their own for that
+    experts = "expert" in str(model.config.to_dict())
+    # measured, and the last place of the numbers themselves, which a few tokens may hide
+    rounding = largest(moved, alone[0]) + eps + torch.finfo(torch.float32).eps * -alone[1].min()
+    # a choice of experts that turns over in one layer is felt a little by all later tokens
+    tolerance = FACTOR * rounding + 1e-3 * experts
+    for k in (0, 2):
+        same = torch.equal(in_row[k], beside_other[k])
+        if not same and not (experts and largest(in_row[k], beside_other[k]) <= tolerance):
+            moved_by = (in_row[k] - beside_other[k]).abs().max()
+            refuse(model, recipe, f"other tokens in one move another by up to {moved_by:.1g} nats")
+    for packed_one, alone_one in zip(in_row, alone, strict=True):
+        off = largest(packed_one, alone_one)
+        if not off <= tolerance:  # NaN too
+            much = f"{off:.1g} nats a token, where rounding explains {rounding:.1g}"
+            refuse(model, recipe, f"one differs from the same sequence alone by {much}")
+
+
+def refuse(model, recipe, finding: str):
+    """End with a line that names the finding and the remedy."""
+    try_this = "auto" if recipe.attention == "eager" else "eager"
+    mend = f"try --attention {try_this}, or another model"
+    fail(f"{name_of(model)} cannot keep sequences in one row apart: {finding}; {mend}")
+
+
+def random_sequences(config, longest: int) -> list[list[int]]:
+    """A short sequence, the longest, a short one, and other tokens for the longest: none special.
+    The same on every rank and in every run; no other random number of the run changes."""
+    settings = config.get_text_config().to_dict() | config.to_dict()
+    found = [value for name, value in settings.items() if name.endswith(("token_id", "index"))]
+    special = {i for value in found for i in (value if isinstance(value, list) else [value])}
+    usable = [i for i in range(config.get_text_config().vocab_size) if i not in special]
+    short = max(2, longest // 8)
+    picked = np.random.default_rng(0).integers(len(usable), size=(4, longest))
+    # another token in every place
+    picked[3] = (picked[1] + 1 + picked[3] % (len(usable) - 1)) % len(usable)
+    lengths = (short, longest, short, longest)
+    return [[usable[i] for i in row[:n]] for row, n in zip(picked.tolist(), lengths, strict=True)]
+
+
+def packed_logps(model, sequences: list[list[int]], device) -> list[torch.Tensor]:
+    """log p of each sequence's tokens from the second on, by the very call that trains."""
+    kept = []  # the model's output: sequence_logps gives sums, in which a small leak may vanish
+    masks = [[0] + [1] * (len(ids) - 1) for ids in sequences]
+    row = pack(list(zip(sequences, masks, strict=True)), device)
+    sequence_logps(lambda **inputs: kept.append(model(**inputs)) or kept[0], *row)
+    labels = torch.tensor([token for ids in sequences for token in ids[1:]], device=device)
+    logps = token_logps(kept[0].logits[0], labels).cpu()
+    return list(logps.split([len(ids) - 1 for ids in sequences]))
+
+
+def plain_logps(model, ids: list[int], device) -> torch.Tensor:
+    """The same of one sequence alone: what transformers does, and nothing of ours."""
+    row = torch.tensor([ids], device=device)
+    return token_logps(model(input_ids=row, use_cache=False).logits[0, :-1], row[0, 1:]).cpu()
+
+
+@contextlib.contextmanager
+def moved_embeddings(model, eps: float):
+    """Inside the `with`, embeddings differ by one unit in the last place, upward and downward."""
+
+    def move(module, inputs, output):
+        signs = torch.ones_like(output)
+        signs[..., ::2] = -1
+        return output * (1 + eps * signs)
+
+    hook = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest median of |a − b| in a stretch of tokens. a, b: (T,)."""
+    off = (a - b).abs()
+    stretches = off.tensor_split(max(1, len(off) // STRETCH))
+    return max((stretch.median() for stretch in stretches), key=lambda x: x.nan_to_num(1e9)).item()

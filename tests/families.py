@@ -1,0 +1,167 @@
+"""Tiny random models of many families, each with the demo's tokenizer, and each sequence's log p by
+transformers alone: the oracle of test_families.py and test_probe.py."""
+
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from conftest import THETA0
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL = {
+    "vocab_size": 88,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+GROUPED = {"num_key_value_heads": 2}
+HEADS = {**GROUPED, "head_dim": 8}
+WINDOW = {"sliding_window": 7}
+FULL_AND_WINDOW = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 20,
+}
+MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+SSD = {**MAMBA, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "num_key_value_heads": 4,
+}
+
+# name: transformers' model_type, what its config has besides SMALL
+FAMILIES = {
+    "Llama": ("llama", GROUPED),
+    "Mistral, window": ("mistral", {**HEADS, **WINDOW}),
+    "Mixtral": ("mixtral", {**EXPERTS, "num_local_experts": 4, "sliding_window": None}),
+    "Qwen2": ("qwen2", GROUPED),
+    "Qwen2, full and window": ("qwen2", {**GROUPED, **FULL_AND_WINDOW, "use_sliding_window": True}),
+    "Qwen2-MoE": (
+        "qwen2_moe",
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24},
+    ),
+    "Qwen2-MoE, full and window": (
+        "qwen2_moe",
+        {
+            **EXPERTS,
+            **FULL_AND_WINDOW,
+            "use_sliding_window": True,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "Qwen3": ("qwen3", HEADS),
+    "Qwen3-MoE": ("qwen3_moe", {**EXPERTS, "num_experts": 4, "head_dim": 8}),
+    "Gemma": ("gemma", HEADS),
+    "Gemma 2": ("gemma2", {**HEADS, **FULL_AND_WINDOW}),
+    "Gemma 3": ("gemma3_text", {**HEADS, **FULL_AND_WINDOW}),
+    "Phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "Phi-3, window": ("phi3", {**GROUPED, **WINDOW}),
+    "Phi-3, longrope": (
+        "phi3",
+        {**GROUPED, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+    ),
+    "PhiMoE, window": ("phimoe", {**EXPERTS, **WINDOW, "num_local_experts": 4}),
+    "GPT-2": ("gpt2", {}),
+    "GPT-NeoX": ("gpt_neox", {}),
+    "GPT-J": ("gptj", {"rotary_dim": 4}),
+    "GPT-OSS": ("gpt_oss", {**EXPERTS, **FULL_AND_WINDOW, "head_dim": 8, "num_local_experts": 4}),
+    "OPT": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "Falcon": ("falcon", {}),
+    "Bloom": ("bloom", {}),
+    "MPT": ("mpt", {"max_seq_len": 64}),
+    "StableLM": ("stablelm", GROUPED),
+    "Nemotron": ("nemotron", HEADS),
+    "OLMo": ("olmo", GROUPED),
+    "OLMo 2": ("olmo2", GROUPED),
+    "Cohere": ("cohere", GROUPED),
+    "Cohere 2": ("cohere2", {**HEADS, **FULL_AND_WINDOW}),
+    "Starcoder 2": ("starcoder2", {**GROUPED, **WINDOW}),
+    "Granite": ("granite", GROUPED),
+    "Granite-MoE": ("granitemoe", {**EXPERTS, "num_local_experts": 4}),
+    "Granite 4, dense": (
+        "granitemoehybrid",
+        {
+            **GROUPED,
+            **SSD,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "layer_types": ["attention", "attention"],
+        },
+    ),
+    "SmolLM3": ("smollm3", GROUPED),
+    "GLM-4": ("glm4", HEADS),
+    "Helium": ("helium", HEADS),
+    "DeepSeek-V3": ("deepseek_v3", LATENT),
+    "Llama 4, chunks": (
+        "llama4_text",
+        {**HEADS, "num_local_experts": 4, "attention_chunk_size": 7, "intermediate_size_mlp": 48},
+    ),
+    "Mamba": ("mamba", {"state_size": 8}),
+    "Jamba": (
+        "jamba",
+        {**GROUPED, **MAMBA, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
+    "Falcon-H1": ("falcon_h1", {**HEADS, **SSD, "mamba_d_ssm": 64}),
+    "LFM2": ("lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"]}),
+}
+
+
+def tiny(name: str, **knobs):
+    """A random model of a family in eval mode. Its weights are large, so that what it says depends
+    on all that it reads."""
+    model_type, own = FAMILIES[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SMALL, **own, **knobs})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.3)
+    return model
+
+
+def save(model, folder: Path) -> Path:
+    """A model's folder, with the demo's tokenizer."""
+    other = shutil.ignore_patterns("*.safetensors", "config.json", "generation_config.json")
+    shutil.copytree(THETA0, folder, ignore=other)
+    model.save_pretrained(folder)
+    return folder
+
+
+def alone(model, sequences) -> torch.Tensor:
+    """The oracle: each of N sequences (ids, mask) by itself, log-softmax of all its logits, those
+    of the response picked by hand. (N,) in float64."""
+    result = []
+    with torch.no_grad():
+        for ids, mask in sequences:
+            logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            result.append(sum(logps[t - 1, ids[t]] for t in range(len(ids)) if mask[t]))
+    return torch.stack(result)
+
+
+def random_sequences(lengths=(30, 9, 4, 21)) -> list[tuple]:
+    """(ids, mask) of sequences of random tokens, each a prompt of three tokens and its response."""
+    rng = random.Random(0)
+    return [([rng.randrange(3, 88) for _ in range(n)], [0] * 3 + [1] * (n - 3)) for n in lengths]

@@ -1,0 +1,112 @@
+"""Models of many families through two iterations: the opponent's scores are those of each sequence
+alone, by transformers, or the first stage refuses the model in one line."""
+
+import shlex
+import shutil
+
+import pytest
+import torch
+from conftest import MICRO, load, stage, torchrun
+from families import FAMILIES, alone, random_sequences, save, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loss import sequence_logps
+from spin.files import read_jsonl
+from spin.packing import pack, packed
+
+# one of each way: a packed row with a window, explicit masks, padded rows of several kinds
+QUICK = ["Mistral, window", "GPT-OSS", "OPT", "Falcon", "Nemotron"]
+QUICK_AND_LONG = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES
+]
+FLAGS = shlex.split(
+    "--num-prompts 6 --eval-prompts 3 --batch-size 6 --epochs 1 --max-new-tokens 12"
+)
+
+
+def sequences_of(row: dict, tokenizer) -> list[tuple]:
+    """(ids, mask) of a row's human and generated answer, in tokens made here."""
+    text = f"### Instruction: {row['prompt']}\n\n### Response:"
+    prompt = tokenizer(text)["input_ids"]
+    real = tokenizer(f"{text} {row['real']}")["input_ids"]
+    assert real[: len(prompt)] == prompt
+    answers = real[len(prompt) :] + [2], row["generated_ids"]
+    return [(prompt + y, [0] * len(prompt) + [1] * len(y)) for y in answers]
+
+
+def scores_and_oracle(run, t: int, theta_t, sources: range):
+    """log p of each pair's two answers: opponent.jsonl's, and the plain model's, (N, 2) each."""
+    rows = {}
+    for s in sources:
+        rows |= {(s, r["id"]): r for r in read_jsonl(run / f"iter{s}" / "generated.jsonl")}
+    scores = list(read_jsonl(run / f"iter{t}" / "opponent.jsonl"))
+    assert len(scores) == len(rows) == 6 * len(sources)
+    how = {"attn_implementation": "eager", "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(theta_t, **how).eval()
+    tokenizer = AutoTokenizer.from_pretrained(theta_t)
+    wanted = [alone(model, sequences_of(rows[s["iter"], s["id"]], tokenizer)) for s in scores]
+    got = [[s["logp_real"], s["logp_generated"]] for s in scores]
+    return torch.tensor(got, dtype=torch.float64), torch.stack(wanted)
+
+
+@pytest.mark.parametrize("name", QUICK_AND_LONG)
+def test_two_iterations_score_every_sequence_as_if_it_were_alone(name, tmp_path):
+    theta = save(tiny(name), tmp_path / "theta")
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--model", theta]
+    for t in (0, 1):
+        stage("generate", run, "--iter", t, *flags)
+        recompute = "--recompute" if t else "--no-recompute"
+        stage("train", run, "--iter", t, recompute, *flags)
+        if t == 0:
+            stage("evaluate", run, "--iter", t, *flags)
+        got, wanted = scores_and_oracle(run, t, theta, range(max(0, t - 1), t + 1))
+        assert (got - wanted).abs().max() < 1e-3
+        # control: another sequence's score is far away
+        assert ((got - wanted.flip(0)).abs().max(1).values > 1).any()
+        theta = run / f"iter{t}" / "model"
+
+
+@pytest.mark.parametrize("attention", ["auto", "eager", "sdpa"])
+@pytest.mark.parametrize("name", QUICK_AND_LONG)
+def test_with_any_attention_a_packed_row_has_the_log_probs_of_each_sequence_alone(name, attention):
+    model = tiny(name)
+    sequences = random_sequences()
+    wanted = alone(model, sequences)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("the family has no SDPA: test_an_attention_that_a_family_lacks_is_refused")
+    if attention != "auto" and attention != model.config._attn_implementation:
+        model.config._attn_implementation = attention
+    with packed(model, attention), torch.no_grad():
+        got = sequence_logps(model, *pack(sequences, "cpu"))
+    assert (got - wanted).abs().max() < 1e-3
+    with torch.no_grad():  # control: the same row, and nothing keeps its sequences apart
+        ids, mask, lengths = pack(sequences, "cpu")
+        names = ("input_ids", "logits_to_keep")
+        together = sequence_logps(
+            lambda **row: model(**{n: row[n] for n in names}), ids, mask, lengths
+        )
+    assert ((together - wanted).abs() > 1e-2).any()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["Falcon", "GPT-OSS"])
+def test_two_ranks_score_and_train_as_one_does_in_padded_rows_and_with_masks(name, tmp_path):
+    """Every rank must make as many passes, probe and trial included, or the run would hang."""
+    theta = save(tiny(name), tmp_path / "theta")
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--iter", 0, *FLAGS, "--model", theta]
+    stage("generate", one, *flags)
+    shutil.copytree(one, two)
+    stage("train", one, *flags)
+    done = torchrun(2, "train.py", *MICRO, "--run-dir", two, *flags)
+    assert done.returncode == 0, done.stderr
+    weights = [load(run / "iter0" / "model").state_dict() for run in (one, two)]
+    start = load(theta).state_dict()
+    moved = max((w - start[n]).abs().max() for n, w in weights[0].items())
+    for n, w in weights[0].items():
+        assert (w - weights[1][n]).abs().max() < 0.05 * moved  # RMSProp's first step: signs
+    scores = [list(read_jsonl(run / "iter0" / "opponent.jsonl")) for run in (one, two)]
+    for a, b in zip(*scores, strict=True):
+        assert a["logp_real"] == pytest.approx(b["logp_real"], abs=1e-3)
+        assert a["logp_generated"] == pytest.approx(b["logp_generated"], abs=1e-3)
