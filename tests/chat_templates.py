@@ -6,7 +6,16 @@ ends it, what is trimmed, what is refused. Tokenizers are trained here, in milli
 import functools
 from dataclasses import dataclass
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 LINES = [
@@ -32,7 +41,10 @@ QWEN3_TURN = (
     + (EMPTY_THOUGHT + "{{ " + AFTER_THOUGHT + " }}")
     + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
 )
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+THINK = ("<think>", "</think>")
+# one piece a word, a line break with what is blank before it, or signs: as newer tokenizers cut
+PIECES = r"\s*\n+|[^\n\w]?\w+| ?[^\s\w]+\n*|\s+"
 HARMONY_TURN = (
     "{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
     "{{ '<|return|>' if loop.last else '<|end|>' }}"
@@ -53,11 +65,12 @@ class Family:
     pad: str | None = None
     puts: str = ""  # what the tokenizer puts around a text: "BOS", "EOS", "BOS EOS" or nothing
     spm: bool = False  # a Metaspace tokenizer, as from SentencePiece; else byte-level BPE
+    gpt2: bool = False  # cut into pieces as GPT-2 does, where two line breaks are one piece or two
     rstrip: bool = False  # special tokens swallow the white space behind them, as Phi-3's do
     plain: tuple[str, ...] = ()  # added tokens that are not marked as special
     kwargs: tuple[str, ...] = ()  # of --template-kwargs
     system: str = "kept"  # or "refused", "dropped", "required": what becomes of a system message
-    merges: bool = False  # tokens merge across the boundary of prompt and answer
+    merges: bool = False  # tokens merge across the boundary, whatever the answer
     refusal: str = ""  # why the template cannot be used at all
 
 
@@ -66,12 +79,17 @@ FAMILIES = {
     "qwen2.5": Family(
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
         + (EACH + CHATML + DONE + ASK_CHATML),
-        QWEN[:3],
+        QWEN,
         "<|im_end|>",
         pad="<|endoftext|>",
     ),
     "qwen3": Family(
-        EACH + QWEN3_TURN + DONE + ASK_CHATML, QWEN, "<|im_end|>", EMPTY_THOUGHT, pad=QWEN[0]
+        EACH + QWEN3_TURN + DONE + ASK_CHATML,
+        QWEN,
+        "<|im_end|>",
+        EMPTY_THOUGHT,
+        pad=QWEN[0],
+        plain=THINK,
     ),
     "qwen3, enable_thinking=false": Family(
         (EACH + QWEN3_TURN + DONE + ASKED + "<|im_start|>assistant\n")
@@ -80,6 +98,7 @@ FAMILIES = {
         QWEN,
         "<|im_end|>",
         pad=QWEN[0],
+        plain=THINK,
         kwargs=("enable_thinking=false",),
     ),
     "qwen3-thinking": Family(
@@ -87,6 +106,7 @@ FAMILIES = {
         QWEN,
         "<|im_end|>",
         "\n</think>\n\n",
+        plain=THINK,
         pad=QWEN[0],
         merges=True,
     ),
@@ -95,6 +115,7 @@ FAMILIES = {
         QWEN,
         "<|im_end|>",
         "\n</think>\n\n",
+        plain=THINK,
         spm=True,
         merges=True,
     ),
@@ -202,10 +223,18 @@ FAMILIES = {
         merges=True,
     ),
     "vicuna, byte-level": Family(
-        (EACH + "{{ m.role | upper }}: {{ m.content }}{{ '</s>' if loop.last else '\n' }}" + DONE)
+        (EACH + "{{ m.role | upper }}: {{ m.content }}")
+        + ("{{ '</s>' if m.role == 'assistant' else '\n' }}" + DONE)
         + (ASKED + "ASSISTANT: " + END),
         ("</s>",),
         "</s>",
+        merges=True,
+    ),
+    "two line breaks, cut as GPT-2 does": Family(
+        EACH + "{{ m.role }}:\n\n{{ m.content }}</s>" + DONE + ASKED + "assistant:\n\n" + END,
+        ("</s>",),
+        "</s>",
+        gpt2=True,
         merges=True,
     ),
     "command-r": Family(
@@ -246,24 +275,25 @@ FAMILIES = {
     "wants a system message": Family(
         "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
         + (EACH + CHATML + DONE + ASK_CHATML),
-        QWEN[:3],
+        QWEN,
         "<|im_end|>",
         eos="<|endoftext|>",
         system="required",
     ),
     "drops a system message": Family(
         EACH + "{% if m.role != 'system' %}" + CHATML + END + DONE + ASK_CHATML,
-        QWEN[:3],
+        QWEN,
         "<|im_end|>",
         system="dropped",
     ),
     "knows no generation prompt": Family(
-        EACH + CHATML + DONE, QWEN[:3], "<|im_end|>", "<|im_start|>assistant\n", eos=QWEN[0]
+        EACH + CHATML + DONE, QWEN, "<|im_end|>", "<|im_start|>assistant\n", eos=QWEN[0]
     ),
     "dialogpt": Family(
         EACH + "{{ m.content }}{{ eos_token }}" + DONE,
         ("<|endoftext|>",),
         "<|endoftext|>",
+        gpt2=True,
         bos="<|endoftext|>",
         pad="<|endoftext|>",
     ),
@@ -315,12 +345,14 @@ def core_of(family: Family) -> Tokenizer:
     specials = list(family.specials)
     if family.spm:
         core = Tokenizer(models.BPE(unk_token="<unk>"))
-        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         core.decoder = decoders.Metaspace(prepend_scheme="first")
         letters, specials = SENTENCE_PIECES, ["<unk>", *specials]
     else:
         core = Tokenizer(models.BPE())
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family.gpt2)
+        core.pre_tokenizer = pre_tokenizers.Sequence([pieces] * (not family.gpt2) + [as_bytes])
         core.decoder = decoders.ByteLevel()
         letters = pre_tokenizers.ByteLevel.alphabet()
     marked = [AddedToken(t, rstrip=family.rstrip, normalized=False, special=True) for t in specials]

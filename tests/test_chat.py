@@ -101,7 +101,6 @@ def test_prompt_and_answer_have_the_ids_of_apply_chat_template_up_to_the_end_of_
     tokenizer = tokenizer_of(name)
     assert tokenizer.convert_ids_to_tokens(codec.end) == FAMILIES[name].end
     assert codec.lead == FAMILIES[name].lead
-    merges = 0
     for pair, answer in taken(name):
         prompt, rest, text = expected(name, pair, answer)
         ids, answer_ids, merged = split_ids(codec, pair, answer, 200)
@@ -113,8 +112,8 @@ def test_prompt_and_answer_have_the_ids_of_apply_chat_template_up_to_the_end_of_
         if not FAMILIES[name].rstrip:  # decoding gives back no white space that was swallowed
             assert tokenizer.decode(ids + answer_ids).lstrip(" ") == text.lstrip(" ")
         assert decode(codec, answer_ids).strip() == answer.strip()
-        merges += merged
-    assert bool(merges) == FAMILIES[name].merges
+        if answer == "Apple.":
+            assert merged == FAMILIES[name].merges
 
 
 def the_old_way(name: str, pair: dict, answer: str) -> tuple[list[int], list[int]]:
@@ -154,7 +153,7 @@ def test_a_template_that_cannot_be_split_is_refused_in_one_line(name, refused):
 
 UNUSABLE = [
     ("mistral", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
-    ("gemma", {"system": ""}, "Apple.", "refuses it (no system)"),
+    ("gemma", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
     ("drops a system message", {"system": "Be kind."}, "Apple.", "drops or changes the system"),
     ("wants a system message", {}, "Apple.", "refuses it (system first)"),
     ("qwen3", {}, "Hm.</think>Apple.", "changes the answer"),
@@ -203,8 +202,8 @@ def test_where_tokens_merge_the_prompt_is_what_is_sampled_from_and_the_row_is_co
         assert pair["prompt_ids"] == prompt
         merged += rest is None
     assert counts[MERGED] == merged > 0
-    plain = select(rows, "two rows", codec_of("qwen2.5"), recipe, 2)[1]
-    assert plain[MERGED] == 0  # control
+    trimmed = select(rows, "two rows", codec_of("llama3"), recipe, 2)[1]
+    assert trimmed[MERGED] == 0  # control
 
 
 def test_the_tokens_behind_a_merged_boundary_are_those_that_follow_the_prompts():
@@ -430,7 +429,7 @@ def test_a_tokenizer_with_more_tokens_than_its_model_samples_trains_and_evaluate
 
 
 def test_an_end_of_turn_that_the_model_lacks_is_refused(tmp_path, refused):
-    options = save(tmp_path, "gemma", {"a": 1.0}, vocabulary=5)
+    options = save(tmp_path, "gemma", {"<eos>": 1.0}, vocabulary=5)
     line = refused(lambda: stage("generate", tmp_path / "run", *options, "--iter", 0))
     assert "not a pair" in line
     assert not (tmp_path / "run").exists()
@@ -455,5 +454,5 @@ def test_named_templates_without_a_default_are_refused_and_with_one_it_is_taken(
 )
 def test_an_argument_that_the_template_cannot_take_is_refused(argument, word, refused):
     tokenizer = tokenizer_of("qwen2.5")
-    call = lambda: make_codec(tokenizer, "chat", template_kwargs=[argument], date=DAY)  # noqa: E731 – a name reads better here
-    assert word in refused(call)
+    given = {"template_kwargs": [argument], "date": DAY}
+    assert word in refused(lambda: make_codec(tokenizer, "chat", **given))
