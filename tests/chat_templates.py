@@ -3,7 +3,9 @@
 Every template is our own shortest jinja with a family's structure: what stands before a turn, what
 ends it, what is trimmed, what is refused. Tokenizers are trained here, in milliseconds."""
 
+import datetime
 import functools
+import json
 from dataclasses import dataclass
 
 from tokenizers import (
@@ -18,6 +20,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+DAY = "2026-01-31"  # of templates that write the date
 LINES = [
     "Name a fruit. Apple. Quince. Which herb grows here? Mint, thyme and sage do.",
     "user assistant system model Be kind. Be short. You help. Today is 31 January 2026.",
@@ -383,3 +386,50 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = family.template
     return tokenizer
+
+
+# ---- the oracle ----------------------------------------------------------------------------------
+
+
+def clock(day: str):
+    """A class in the place of datetime.datetime that says that today is another day."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(day).replace(tzinfo=tz)
+
+    return Clock
+
+
+def pair_of(system: str | None) -> dict:
+    pair = {"prompt": "Name a fruit."}
+    return pair if system is None else {**pair, "system": system}
+
+
+def messages_of(pair: dict, answer: str | None = None) -> list[dict]:
+    messages = [{"role": "user", "content": pair["prompt"]}]
+    if "system" in pair:
+        messages.insert(0, {"role": "system", "content": pair["system"]})
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def rendered(name: str, messages, tokenize=True, ask=False):
+    """transformers' rendering, as ids or as text: the oracle."""
+    arguments = dict(item.split("=") for item in FAMILIES[name].kwargs)
+    arguments = {key: json.loads(value) for key, value in arguments.items()}
+    return tokenizer_of(name).apply_chat_template(
+        messages, tokenize=tokenize, return_dict=False, add_generation_prompt=ask, **arguments
+    )
+
+
+def the_old_way(name: str, pair: dict, answer: str) -> tuple[list[int], list[int]]:
+    """What stood here before: the answer alone, the EOS behind it, a BOS where there is none."""
+    tokenizer = tokenizer_of(name)
+    ids = rendered(name, messages_of(pair), ask=True)
+    bos = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None)
+    ids = ids if ids[: len(bos)] == bos else bos + ids
+    both = tokenizer(tokenizer.decode(ids) + answer, add_special_tokens=False)["input_ids"]
+    return ids, [*both[len(ids) :], tokenizer.eos_token_id]

@@ -7,7 +7,18 @@ import math
 
 import pytest
 import torch
-from chat_templates import FAMILIES, REFUSED, USABLE, tokenizer_of
+from chat_templates import (
+    DAY,
+    FAMILIES,
+    REFUSED,
+    USABLE,
+    clock,
+    messages_of,
+    pair_of,
+    rendered,
+    the_old_way,
+    tokenizer_of,
+)
 from conftest import stage
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -20,21 +31,9 @@ from spin.run import save_recipe
 from spin.selection import select
 from spin.tokens import Unusable, decode, split_ids
 
-DAY = "2026-01-31"
 SYSTEMS = (None, "Be kind.", "")
 ANSWERS = ("Apple.", " Quince \n", "\nApple", "Mint, thyme\n\nand sage do")
 MERGED = "answers whose first token merges with the prompt"
-
-
-def clock(day: str):
-    """A class in the place of datetime.datetime that says that today is another day."""
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls.fromisoformat(day).replace(tzinfo=tz)
-
-    return Clock
 
 
 @pytest.fixture(autouse=True)
@@ -46,29 +45,6 @@ def today(monkeypatch):
 def codec_of(name: str, date: str = DAY, **others):
     return make_codec(
         tokenizer_of(name), "chat", template_kwargs=FAMILIES[name].kwargs, date=date, **others
-    )
-
-
-def pair_of(system: str | None) -> dict:
-    pair = {"prompt": "Name a fruit."}
-    return pair if system is None else {**pair, "system": system}
-
-
-def messages_of(pair: dict, answer: str | None = None) -> list[dict]:
-    messages = [{"role": "user", "content": pair["prompt"]}]
-    if "system" in pair:
-        messages.insert(0, {"role": "system", "content": pair["system"]})
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    return messages
-
-
-def rendered(name: str, messages, tokenize=True, ask=False):
-    """transformers' rendering, as ids or as text: the oracle."""
-    arguments = dict(item.split("=") for item in FAMILIES[name].kwargs)
-    arguments = {key: json.loads(value) for key, value in arguments.items()}
-    return tokenizer_of(name).apply_chat_template(
-        messages, tokenize=tokenize, return_dict=False, add_generation_prompt=ask, **arguments
     )
 
 
@@ -114,16 +90,6 @@ def test_prompt_and_answer_have_the_ids_of_apply_chat_template_up_to_the_end_of_
         assert decode(codec, answer_ids).strip() == answer.strip()
         if answer == "Apple.":
             assert merged == FAMILIES[name].merges
-
-
-def the_old_way(name: str, pair: dict, answer: str) -> tuple[list[int], list[int]]:
-    """What stood here before: the answer alone, the EOS behind it, a BOS where there is none."""
-    tokenizer = tokenizer_of(name)
-    ids = rendered(name, messages_of(pair), ask=True)
-    bos = [tokenizer.bos_token_id] * (tokenizer.bos_token_id is not None)
-    ids = ids if ids[: len(bos)] == bos else bos + ids
-    both = tokenizer(tokenizer.decode(ids) + answer, add_special_tokens=False)["input_ids"]
-    return ids, [*both[len(ids) :], tokenizer.eos_token_id]
 
 
 def test_the_ids_are_not_those_of_the_answer_alone_with_an_eos_behind_it():
