@@ -20,6 +20,7 @@ from chat_templates import (
     tokenizer_of,
 )
 from conftest import stage
+from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -414,11 +415,39 @@ def test_named_templates_without_a_default_are_refused_and_with_one_it_is_taken(
     )
 
 
-@pytest.mark.parametrize(
-    "argument, word",
-    [("thinking=false", "knows no thinking"), ("add_generation_prompt=false", "multiple values")],
-)
-def test_an_argument_that_the_template_cannot_take_is_refused(argument, word, refused):
-    tokenizer = tokenizer_of("qwen2.5")
+WRONG_ARGUMENTS = [
+    ("qwen2.5", "enable_thinking=false", "knows no enable_thinking"),
+    ("qwen3, enable_thinking=false", "thinking=false", "knows no thinking"),
+    ("qwen2.5", "add_generation_prompt=false", "add_generation_prompt"),
+]
+
+
+@pytest.mark.parametrize("name, argument, word", WRONG_ARGUMENTS)
+def test_an_argument_that_the_template_cannot_take_is_refused(name, argument, word, refused):
     given = {"template_kwargs": [argument], "date": DAY}
-    assert word in refused(lambda: make_codec(tokenizer, "chat", **given))
+    assert word in refused(lambda: make_codec(tokenizer_of(name), "chat", **given))
+
+
+@pytest.mark.parametrize("value", ["false", "False"])
+def test_the_value_of_an_argument_means_what_it_says(value):
+    """As text, False would be true to a template."""
+    name = "qwen3, enable_thinking=false"
+    given = {"template_kwargs": [f"enable_thinking={value}"], "date": DAY}
+    codec = make_codec(tokenizer_of(name), "chat", **given)
+    assert split_ids(codec, pair_of(None))[0] == rendered(
+        name, messages_of(pair_of(None)), ask=True
+    )
+    without = make_codec(tokenizer_of(name), "chat", date=DAY)
+    assert split_ids(without, pair_of(None)) != split_ids(codec, pair_of(None))  # control
+
+
+def test_a_row_in_which_the_tokenizer_does_not_see_the_end_of_turn_is_left_out():
+    """A special token that is one only as a word by itself, behind a letter."""
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
+    core = tokenizer.backend_tokenizer
+    core.add_special_tokens([AddedToken("STOP", single_word=True)])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "STOP")
+    codec = make_codec(tokenizer, "chat", date=DAY)
+    assert split_ids(codec, pair_of(None), "Apple.")[1][-1] == codec.end  # control: behind a point
+    with pytest.raises(Unusable):
+        split_ids(codec, pair_of(None), "Apple")
