@@ -1,0 +1,453 @@
+"""What a model sees of a text: our ids against transformers' own, for the families of today."""
+
+import copy
+import datetime
+import json
+import math
+
+import pytest
+import torch
+from chat_templates import (
+    DAY,
+    FAMILIES,
+    REFUSED,
+    USABLE,
+    clock,
+    messages_of,
+    pair_of,
+    rendered,
+    the_old_way,
+    tokenizer_of,
+)
+from conftest import stage
+from tokenizers import AddedToken
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from spin import flags
+from spin.codec import load_codec, make_codec
+from spin.damage import check_ids
+from spin.files import read_jsonl
+from spin.run import save_recipe
+from spin.selection import select
+from spin.tokens import Unusable, decode, split_ids
+
+SYSTEMS = (None, "Be kind.", "")
+ANSWERS = ("Apple.", " Quince \n", "\nApple", "Mint, thyme\n\nand sage do")
+MERGED = "answers whose first token merges with the prompt"
+
+
+@pytest.fixture(autouse=True)
+def today(monkeypatch):
+    """transformers' own clock stands at DAY, for the oracle."""
+    monkeypatch.setattr(chat_template_utils, "datetime", clock(DAY))
+
+
+def codec_of(name: str, date: str = DAY, **others):
+    return make_codec(
+        tokenizer_of(name), "chat", template_kwargs=FAMILIES[name].kwargs, date=date, **others
+    )
+
+
+def expected(name: str, pair: dict, answer: str) -> tuple[list[int], list[int] | None, str]:
+    """(ids of the generation prompt, the other ids up to the end of turn, the text of all).
+    The other ids are None where tokens merge across the boundary."""
+    end = tokenizer_of(name).convert_tokens_to_ids(FAMILIES[name].end)
+    prompt = rendered(name, messages_of(pair), ask=True)
+    start = rendered(name, messages_of(pair), tokenize=False, ask=True)
+    ids = rendered(name, messages_of(pair, answer))
+    text = rendered(name, messages_of(pair, answer), tokenize=False)
+    ending = FAMILIES[name].end
+    text = text[: text.index(ending, len(start) + len(FAMILIES[name].lead)) + len(ending)]
+    if ids[: len(prompt)] != prompt:
+        return prompt, None, text
+    stop = ids.index(end, len(prompt))
+    return prompt, ids[len(prompt) : stop + 1], text
+
+
+def taken(name: str) -> list[tuple[dict, str]]:
+    """The pairs and answers that a family's template renders as they are."""
+    wrong = {"refused": SYSTEMS[1:], "dropped": SYSTEMS[1:2], "required": SYSTEMS[:1]}
+    systems = [s for s in SYSTEMS if s not in wrong.get(FAMILIES[name].system, ())]
+    return [(pair_of(system), answer) for system in systems for answer in ANSWERS]
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_prompt_and_answer_have_the_ids_of_apply_chat_template_up_to_the_end_of_turn(name):
+    codec = codec_of(name)
+    tokenizer = tokenizer_of(name)
+    assert tokenizer.convert_ids_to_tokens(codec.end) == FAMILIES[name].end
+    assert codec.lead == FAMILIES[name].lead
+    for pair, answer in taken(name):
+        prompt, rest, text = expected(name, pair, answer)
+        ids, answer_ids, merged = split_ids(codec, pair, answer, 200)
+        assert ids == prompt == split_ids(codec, pair)[0]
+        assert merged == (rest is None)
+        if rest is not None:
+            assert answer_ids == rest
+        assert answer_ids[-1] == codec.end and codec.end not in answer_ids[:-1]
+        if not FAMILIES[name].rstrip:  # decoding gives back no white space that was swallowed
+            assert tokenizer.decode(ids + answer_ids).lstrip(" ") == text.lstrip(" ")
+        assert decode(codec, answer_ids).strip() == answer.strip()
+        if answer == "Apple.":
+            assert merged == FAMILIES[name].merges
+
+
+def test_the_ids_are_not_those_of_the_answer_alone_with_an_eos_behind_it():
+    """The control of the test before, and what commit 8002864 did."""
+    wrong = set()
+    for name in set(USABLE):
+        if not FAMILIES[name].merges:
+            pair, answer = taken(name)[0]
+            prompt, rest, _ = expected(name, pair, answer)
+            if the_old_way(name, pair, answer) != (prompt, rest):
+                wrong.add(name)
+    kinds = {
+        "text before the answer": {"qwen3", "llama2", "mistral", "gpt-oss"},
+        "end of turn is not EOS": {"llama3", "llama3.2", "gemma", "phi3"},
+        "a BOS too many": {"dialogpt", "granite", "tulu", "puts an EOS behind a text", "zephyr"},
+        "others": {"wants a system message", "knows no generation prompt"},
+    }
+    assert wrong == set().union(*kinds.values())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_cannot_be_split_is_refused_in_one_line(name, refused):
+    line = refused(lambda: codec_of(name))
+    assert FAMILIES[name].refusal in line
+    assert line.endswith("use --template paper, or a string with {prompt}")
+
+
+UNUSABLE = [
+    ("mistral", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
+    ("gemma", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
+    ("drops a system message", {"system": "Be kind."}, "Apple.", "drops or changes the system"),
+    ("wants a system message", {}, "Apple.", "refuses it (system first)"),
+    ("qwen3", {}, "Hm.</think>Apple.", "changes the answer"),
+]
+
+
+@pytest.mark.parametrize("name, more, answer, reason", UNUSABLE)
+def test_a_row_that_the_template_refuses_or_alters_is_left_out_and_counted(
+    name, more, answer, reason
+):
+    codec = codec_of(name)
+    with pytest.raises(Unusable) as problem:
+        split_ids(codec, {"prompt": "Name a fruit.", **more}, answer)
+    assert reason in str(problem.value)
+    good, right = taken(name)[0]
+    bad = {"prompt": "Which herb?", **more}
+    rows = [{"messages": messages_of(*row)} for row in ((good, right), (bad, answer))]
+    recipe, _ = flags.parse(["--template", "chat", "--max-new-tokens", "9"])
+    pairs, counts = select(rows, "two rows", codec, recipe, 2)
+    assert [pair["prompt"] for pair in pairs] == ["Name a fruit."]
+    (counted,) = [number for what, number in counts.items() if reason in what]
+    assert counted == 1
+
+
+def test_an_empty_system_message_is_one_and_not_the_templates_own():
+    codec = codec_of("qwen2.5")
+    text = codec.tokenizer.decode(split_ids(codec, pair_of(""))[0])
+    assert text.startswith("<|im_start|>system\n<|im_end|>\n") and "You help." not in text
+    none = codec.tokenizer.decode(split_ids(codec, pair_of(None))[0])
+    assert none.startswith("<|im_start|>system\nYou help.<|im_end|>\n")  # control
+
+
+# ---- tokens that merge across the boundary -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vicuna", "vicuna, byte-level", "qwen3-thinking"])
+def test_where_tokens_merge_the_prompt_is_what_is_sampled_from_and_the_row_is_counted(name):
+    codec = codec_of(name)
+    rows = [{"messages": messages_of(pair_of(None), "Apple.")}]
+    rows += [{"messages": messages_of({"prompt": "Which herb?"}, "\nMint")}]
+    recipe, _ = flags.parse(["--template", "chat", "--max-new-tokens", "9"])
+    pairs, counts = select(rows, "two rows", codec, recipe, 2)
+    merged = 0
+    for pair in pairs:
+        prompt, rest, _ = expected(name, pair, pair["real"])
+        assert pair["prompt_ids"] == prompt
+        merged += rest is None
+    assert counts[MERGED] == merged > 0
+    trimmed = select(rows, "two rows", codec_of("llama3"), recipe, 2)[1]
+    assert trimmed[MERGED] == 0  # control
+
+
+def test_the_tokens_behind_a_merged_boundary_are_those_that_follow_the_prompts():
+    codec = codec_of("vicuna")
+    ids, answer, merged = split_ids(codec, pair_of(None), "Apple.")
+    pieces = codec.tokenizer.convert_ids_to_tokens(ids + answer)
+    assert merged and "".join(pieces) == "<s>USER:▁Name▁a▁fruit.▁ASSISTANT:▁Apple.</s>"
+    assert codec.tokenizer.decode(ids).endswith("ASSISTANT: ")
+    first = codec.tokenizer.convert_ids_to_tokens(answer[:1])[0]
+    assert first.startswith("A")  # no second space
+    whole = rendered("vicuna", messages_of(pair_of(None), "Apple."))
+    assert whole[: len(ids)] != ids  # control: the template's own tokens lie across
+
+
+# ---- plain templates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["paper", "Q: {prompt}\nA:", "{prompt}"])
+@pytest.mark.parametrize("name", USABLE)
+def test_a_plain_template_begins_as_the_tokenizer_begins_a_text_and_nothing_stands_behind(
+    name, template
+):
+    tokenizer = tokenizer_of(name)
+    codec = make_codec(tokenizer, template)
+    text = "### Instruction: {prompt}\n\n### Response:" if template == "paper" else template
+    text = text.replace("{prompt}", "Name a fruit.")
+    ids, answer, _ = split_ids(codec, pair_of(None), "Apple.")
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin = [tokenizer.bos_token_id] * ("BOS" in FAMILIES[name].puts)
+    assert ids == begin + bare
+    whole = tokenizer(text)["input_ids"]
+    assert ids == whole[: len(ids)]
+    assert len(whole) == len(ids) + ("EOS" in FAMILIES[name].puts)  # control: that is not there
+    assert answer[-1] == codec.end == tokenizer.eos_token_id
+    assert answer.count(codec.end) == 1
+
+
+def test_a_bos_that_a_plain_template_writes_is_not_doubled():
+    for name in ("llama2", "gemma", "llama3"):
+        bos = FAMILIES[name].bos
+        tokenizer = tokenizer_of(name)
+        codec = make_codec(tokenizer, bos + "Q: {prompt} A:")
+        ids = split_ids(codec, pair_of(None))[0]
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        twice = tokenizer(bos + "Q: Name a fruit. A:")["input_ids"]
+        assert twice.count(tokenizer.bos_token_id) == 2  # control
+
+
+# ---- dates ---------------------------------------------------------------------------------------
+
+DATED = ["llama3.2", "gpt-oss", "granite"]
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_template_that_writes_the_date_writes_the_runs_whatever_day_it_is(name, monkeypatch):
+    codec = codec_of(name)
+    before = split_ids(codec, pair_of(None), "Apple.")
+    oracle = expected(name, pair_of(None), "Apple.")
+    assert before[:2] == oracle[:2]
+    monkeypatch.setattr(chat_template_utils, "datetime", clock("2026-02-01"))
+    assert split_ids(codec, pair_of(None), "Apple.") == before
+    assert split_ids(codec_of(name), pair_of(None), "Apple.") == before
+    assert expected(name, pair_of(None), "Apple.")[0] != oracle[0]  # control: transformers' own
+    later = codec_of(name, date="2026-02-01")
+    assert split_ids(later, pair_of(None), "Apple.")[0] == expected(name, pair_of(None), "A")[0]
+
+
+DIRECTIVES = "aAbBdjmyYFDeGuUVwWxhC"
+
+
+@pytest.mark.parametrize("how", [f"%{d}" for d in DIRECTIVES] + ["%-d", "%-m", "%-j", "%%", "100%"])
+def test_every_directive_of_a_date_is_written_as_strftime_writes_it(how):
+    day = datetime.datetime(2026, 3, 5)
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
+    tokenizer.chat_template = "{{ strftime_now('on " + how + "') }}\n" + tokenizer.chat_template
+    codec = make_codec(tokenizer, "chat", date="2026-03-05")
+    text = tokenizer.decode(split_ids(codec, pair_of(None))[0])
+    assert text.startswith(day.strftime(f"on {how}") + "\n<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    "before", ["", " ", "\n", "\n\n", "  {% set x = 1 %}\n", "{# a #}\n", "{{"]
+)
+def test_the_date_changes_nothing_of_the_white_space_at_a_templates_begin(before, monkeypatch):
+    before = "{{- ' ' }}" if before == "{{" else before
+    tokenizer = copy.deepcopy(tokenizer_of("gpt-oss"))
+    tokenizer.chat_template = before + tokenizer.chat_template
+    codec = make_codec(tokenizer, "chat", date=DAY)
+    own = tokenizer.apply_chat_template(
+        messages_of(pair_of(None)), add_generation_prompt=True, return_dict=False
+    )
+    assert split_ids(codec, pair_of(None))[0] == own
+
+
+def at(monkeypatch, day: str, *argv: str):
+    """What the command line asks for on a day."""
+    with monkeypatch.context() as patch:
+        patch.setattr(datetime, "datetime", clock(day))
+        return flags.parse(["--recipe", "demo", *argv])[0]
+
+
+def test_a_run_that_began_before_midnight_keeps_its_date(monkeypatch, tmp_path):
+    run = ("--run", str(tmp_path / "run"))
+    begun = at(monkeypatch, DAY, *run)
+    assert begun.date == DAY
+    save_recipe(begun, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["date"] == DAY
+    assert at(monkeypatch, "2026-02-01", *run) == begun
+    other = at(monkeypatch, "2026-02-01", "--run", str(tmp_path / "other"))
+    assert other.date == "2026-02-01"  # control: a new run
+    assert at(monkeypatch, "2026-02-01", *run, "--date", "2025-12-24").date == "2025-12-24"
+
+
+def test_another_date_within_a_run_is_refused(tmp_path, refused):
+    run = tmp_path / "run"
+    stage("evaluate", run, "--theta0", "--date", DAY)
+    assert "date" in refused(lambda: stage("generate", run, "--iter", 0, "--date", "2026-02-01"))
+    stage("generate", run, "--iter", 0, "--date", DAY)  # control
+
+
+# ---- a model: its vocabulary, and where its answers end ------------------------------------------
+
+
+def unigram_model(tokenizer, chances: dict[int, float], vocabulary: int) -> LlamaForCausalLM:
+    """A model that draws each token by itself, with these chances (their sum is 1)."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        model.model.norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight[:, 0] = 1.0  # normed: 4 in the first place of 16
+        model.lm_head.weight[:, 0] = -10.0
+        for token, chance in chances.items():
+            model.lm_head.weight[token, 0] = math.log(chance) / 4
+    return model
+
+
+def save(folder, name: str, chances: dict[str, float], vocabulary: int | None = None):
+    """A unigram model of a family's tokenizer; returns the flags that run it on dialogues."""
+    tokenizer = tokenizer_of(name)
+    by_id = {tokenizer.convert_tokens_to_ids(token): p for token, p in chances.items()}
+    size = vocabulary or len(tokenizer)
+    unigram_model(tokenizer, by_id, size).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    fruits = ("Apple.", "Quince.", "Mint", "thyme", "sage", "Name", "herb", "kind.")
+    rows = [messages_of({"prompt": f"Name a fruit. {k}"}, fruits[k % 8]) for k in range(40)]
+    lines = [json.dumps({"messages": messages}) for messages in rows]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    data = str(folder / "data.jsonl")
+    where = ["--model", str(folder / "model"), "--data", data, "--eval-data", data]
+    return [*where, "--template", "chat", "--run", str(folder / "run"), "--date", DAY]
+
+
+def test_sampling_stops_at_the_end_of_turn_and_finish_and_ids_go_by_it(tmp_path):
+    chances = {"<end_of_turn>": 0.1, "<eos>": 0.1, "a": 0.8}
+    options = save(tmp_path, "gemma", chances)
+    stage("generate", tmp_path / "run", *options, "--iter", 0)
+    codec = codec_of("gemma")
+    eos = codec.tokenizer.eos_token_id
+    rows = list(read_jsonl(tmp_path / "run" / "iter0" / "generated.jsonl"))
+    assert len(rows) == 40
+    for row in rows:
+        ids = row["generated_ids"]
+        ended = ids[-1] == codec.end
+        assert ids.count(codec.end) == ended == (row["finish"] == "eos")
+        assert len(ids) == 24 or ended
+        check_ids(row, "a row", codec)
+    assert {row["finish"] for row in rows} == {"eos", "length"}
+    # control: the tokenizer's EOS ends nothing
+    assert any(eos in row["generated_ids"][:-1] for row in rows)
+    stage("train", tmp_path / "run", *options, "--iter", 0)
+    stage("evaluate", tmp_path / "run", *options, "--theta0")
+    figures = json.loads((tmp_path / "run" / "eval.json").read_text())
+    share = 1 - 0.9**24  # of answers of at most 24 tokens that end
+    assert abs(figures["eos_rate"] - share) < 4 * math.sqrt(share * (1 - share) / 12)
+
+
+def larger(name: str, words: list[str]) -> PreTrainedTokenizerFast:
+    """A family's tokenizer with more tokens than its model knows."""
+    tokenizer = copy.deepcopy(tokenizer_of(name))
+    tokenizer.add_tokens(words)
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["chat", "paper"])
+def test_tokens_that_the_model_lacks_leave_out_the_rows_that_hold_them_and_no_other(
+    tmp_path, template
+):
+    options = save(tmp_path, "gemma", {"<end_of_turn>": 0.5, "a": 0.5})
+    size = len(tokenizer_of("gemma"))
+    larger("gemma", ["<image>", "Papaya"]).save_pretrained(tmp_path / "model")
+    more = ["--max-length", "64", "--max-new-tokens", "24", "--template", template]
+    recipe, _ = flags.parse([*options, *more])
+    codec = load_codec(str(tmp_path / "model"), recipe)
+    assert codec.vocabulary == size < len(codec.tokenizer)
+    rows = [("Name a fruit.", "Apple."), ("And one?", "Papaya."), ("Is Papaya one?", "Apple.")]
+    rows = [{"prompt": prompt, "response": response} for prompt, response in rows]
+    pairs, counts = select(rows, "three rows", codec, recipe, 3)
+    assert [pair["prompt"] for pair in pairs] == ["Name a fruit."]
+    assert counts["a token that the model lacks"] == 2
+    # control: a model that has them
+    known = make_codec(codec.tokenizer, template, date=DAY)
+    assert len(select(rows, "three rows", known, recipe, 3)[0]) == 3
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model_samples_trains_and_evaluates(tmp_path):
+    options = save(tmp_path, "gemma", {"<end_of_turn>": 0.5, "a": 0.5})
+    larger("gemma", ["<image>"]).save_pretrained(tmp_path / "model")
+    for name in ("generate", "train", "evaluate"):
+        stage(name, tmp_path / "run", *options, "--iter", 0)
+    assert (tmp_path / "run" / "iter0" / "eval.json").exists()
+
+
+def test_an_end_of_turn_that_the_model_lacks_is_refused(tmp_path, refused):
+    options = save(tmp_path, "gemma", {"<eos>": 1.0}, vocabulary=5)
+    line = refused(lambda: stage("generate", tmp_path / "run", *options, "--iter", 0))
+    assert "not a pair" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_named_templates_without_a_default_are_refused_and_with_one_it_is_taken(refused):
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
+    own = tokenizer.chat_template
+    tokenizer.chat_template = {"tool_use": "{{ raise_exception('tools') }}"}
+    assert "chat template" in refused(lambda: make_codec(tokenizer, "chat", date=DAY))
+    tokenizer.chat_template["default"] = own
+    codec = make_codec(tokenizer, "chat", date=DAY)
+    assert (
+        split_ids(codec, pair_of(None), "Apple.")[:2]
+        == expected("qwen2.5", pair_of(None), "Apple.")[:2]
+    )
+
+
+WRONG_ARGUMENTS = [
+    ("qwen2.5", "enable_thinking=false", "knows no enable_thinking"),
+    ("qwen3, enable_thinking=false", "thinking=false", "knows no thinking"),
+    ("qwen2.5", "add_generation_prompt=false", "add_generation_prompt"),
+]
+
+
+@pytest.mark.parametrize("name, argument, word", WRONG_ARGUMENTS)
+def test_an_argument_that_the_template_cannot_take_is_refused(name, argument, word, refused):
+    given = {"template_kwargs": [argument], "date": DAY}
+    assert word in refused(lambda: make_codec(tokenizer_of(name), "chat", **given))
+
+
+@pytest.mark.parametrize("value", ["false", "False"])
+def test_the_value_of_an_argument_means_what_it_says(value):
+    """As text, False would be true to a template."""
+    name = "qwen3, enable_thinking=false"
+    given = {"template_kwargs": [f"enable_thinking={value}"], "date": DAY}
+    codec = make_codec(tokenizer_of(name), "chat", **given)
+    assert split_ids(codec, pair_of(None))[0] == rendered(
+        name, messages_of(pair_of(None)), ask=True
+    )
+    without = make_codec(tokenizer_of(name), "chat", date=DAY)
+    assert split_ids(without, pair_of(None)) != split_ids(codec, pair_of(None))  # control
+
+
+def test_a_row_in_which_the_tokenizer_does_not_see_the_end_of_turn_is_left_out():
+    """A special token that is one only as a word by itself, behind a letter."""
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
+    core = tokenizer.backend_tokenizer
+    core.add_special_tokens([AddedToken("STOP", single_word=True)])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "STOP")
+    codec = make_codec(tokenizer, "chat", date=DAY)
+    assert split_ids(codec, pair_of(None), "Apple.")[1][-1] == codec.end  # control: behind a point
+    with pytest.raises(Unusable):
+        split_ids(codec, pair_of(None), "Apple")
