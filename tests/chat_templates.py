@@ -258,7 +258,7 @@ FAMILIES = {
         "<|channel|>final<|message|>",
         pad="<|pad|>",
     ),
-    "granite": Family(  # a line break and a space before the first block: jinja drops neither alike
+    "granite": Family(  # blanks before the first block, which jinja drops
         "  {% set day = strftime_now('%B %-d, %Y') %}\n" + EACH + "<|r|>{{ m.role }}<|e|>"
         "{{ m.content }}{{ ' (' + day + ')' if m.role == 'user' else '' }}<|endoftext|>\n"
         + (DONE + ASKED + "<|r|>assistant<|e|>" + END),
