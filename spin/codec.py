@@ -11,10 +11,12 @@ model has to write it, too. A template that cannot be taken apart so is refused.
 
 import datetime
 import json
+import re
 from dataclasses import dataclass
 
 from spin.files import fail
 
+PYTHON = {"True": "true", "False": "false", "None": "null"}
 PLAIN = "use --template paper, or a string with {prompt}"  # what mends a chat template
 
 
@@ -99,13 +101,17 @@ def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
     """What a chat template is called with besides messages: the user's arguments, and a clock that
     stands still: else a template that writes the date would change the prompts at midnight."""
     arguments = {}
-    source = tokenizer.get_chat_template()
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError:  # several named ones
+        fail(f"this tokenizer's chat templates have no default among them: {PLAIN}")
     for item in template_kwargs:
         name, _, value = item.partition("=")
-        if name not in source:
+        if not re.search(rf"\b{re.escape(name)}\b", source):
             fail(f"--template-kwargs {item}: this model's chat template knows no {name}")
         try:
-            arguments[name] = json.loads(value)
+            # as Python writes it, too: as text, False would be true to a template
+            arguments[name] = json.loads(PYTHON.get(value, value))
         except ValueError:
             arguments[name] = value
     if date and "strftime_now" in source:
@@ -116,13 +122,13 @@ def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
 def with_date(template: str, day: datetime.datetime) -> str:
     """A chat template whose strftime_now, which writes today's date, writes this one.
     By a macro of that name in front: transformers lets no function of ours into a template."""
-    written = "format"
-    for letter in "aAbBcdHIjmMpSuUVwWxXyY":
+    written = r"format.replace('%%', '\x00')"
+    for letter in "aAbBcCdDeFgGhHIjklmMprRSTuUVwWxXyYzZ":
         for directive in (f"%{letter}", f"%-{letter}"):
             written += f".replace('{directive}', '{day.strftime(directive)}')"
-    macro = "{% macro strftime_now(format) %}{{ " + written + " }}{% endmacro %}"
-    # the empty text: a newline right behind a block would be lost
-    return macro + "{{ '' }}" + template
+    written += r".replace('\x00', '%')"
+    # jinja drops the line break behind a block: the template's own first line stays a first line
+    return "{% macro strftime_now(format) %}{{ " + written + " }}{% endmacro %}\n" + template
 
 
 def around_an_answer(tokenizer, arguments: dict) -> tuple[str, str]:

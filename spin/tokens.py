@@ -24,10 +24,18 @@ def render(codec: Codec, pair: dict, answer: str | None = None) -> str:
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     text = render_messages(codec, messages)
-    for name in ("system", "prompt"):
-        if pair.get(name, "").strip() not in text:
-            raise Unusable(f"the chat template drops or changes the {name}")
+    lost = [name for name in ("system", "prompt") if pair.get(name, "").strip() not in text]
+    if lost or (system and drops_system(codec)):
+        raise Unusable(f"the chat template drops or changes the {(*lost, 'system')[0]}")
     return text
+
+
+@functools.lru_cache(maxsize=8)
+def drops_system(codec: Codec) -> bool:
+    """Whether the chat template leaves out a system message: found by one that no prompt holds."""
+    system = "Speak as a zebra."
+    question = [{"role": "system", "content": system}, {"role": "user", "content": "Which?"}]
+    return system not in render_messages(codec, question)
 
 
 def render_messages(codec: Codec, messages: list[dict]) -> str:
@@ -89,6 +97,8 @@ def split_ids(
             answer = ids_amid_text(tokenise, added)
         if codec.template != "chat":
             answer = answer + [codec.end] * ended
+        elif ended and codec.end not in answer:
+            raise Unusable("the tokenizer does not see the end of turn behind the answer")
         elif ended:
             answer = answer[: answer.index(codec.end) + 1]
     if ids[: len(codec.begin)] != codec.begin:  # else the template wrote it
@@ -101,10 +111,12 @@ def split_ids(
 def ids_amid_text(tokenise, text: str) -> list[int]:
     """The ids of a text that goes on from another: some tokenizers put a space before the first
     word that they see, which here would be one too many."""
-    before = tokenise("\n")["input_ids"]
-    both = tokenise("\n" + text)["input_ids"]
-    whole = both[: len(before)] == before
-    return both[len(before) :] if whole else tokenise(text)["input_ids"]
+    for before in ("\n", "a", "."):  # one with which the text's first characters do not merge
+        ids = tokenise(before)["input_ids"]
+        both = tokenise(before + text)["input_ids"]
+        if both[: len(ids)] == ids:
+            return both[len(ids) :]
+    return tokenise(text)["input_ids"]
 
 
 def encode(codec: Codec, pair: dict, response=None, max_length=None, eos=True):

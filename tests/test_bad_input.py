@@ -593,6 +593,19 @@ TEMPLATES = {
     for name, (template, word, flags) in CHATS.items()
 }
 
+NAMED = tokenizer_config(
+    eos_token="</s>", chat_template=[{"name": name, "template": TURNS} for name in ("a", "b")]
+)
+
+
+def named_templates(tmp_path, played):
+    """generate.py with two named chat templates, none of them called default."""
+    script, folder, flags = model(NAMED)(tmp_path, played)
+    return script, folder, [*flags, "--template", "chat"]
+
+
+TEMPLATES["chat templates without a default"] = named_templates, "no default among them"
+
 RUNS = {
     "of another recipe": (
         run(nothing, "generate", 2, "--lam", "3", "--seed", "7"),

@@ -122,6 +122,7 @@ UNUSABLE = [
     ("mistral", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
     ("gemma", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
     ("drops a system message", {"system": "Be kind."}, "Apple.", "drops or changes the system"),
+    ("drops a system message", {"system": "fruit"}, "Apple.", "drops or changes the system"),
     ("wants a system message", {}, "Apple.", "refuses it (system first)"),
     ("qwen3", {}, "Hm.</think>Apple.", "changes the answer"),
 ]
