@@ -109,14 +109,15 @@ def played(tmp_path_factory):
 
 
 @pytest.fixture()
-def refused(capsys):
-    """refused(call) runs call, checks exit code 2 and one line without a traceback, returns it."""
+def refused(capfd):
+    """refused(call) runs call, checks exit code 2 and one line without a traceback, returns it.
+    That line is all that was written to stderr, by libraries too."""
 
     def check(call) -> str:
-        capsys.readouterr()
+        capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             call()
-        lines = capsys.readouterr().err.strip().splitlines()
+        lines = capfd.readouterr().err.strip().splitlines()
         assert stop.value.code == 2
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]

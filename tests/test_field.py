@@ -3,12 +3,13 @@ model edited between stages is noticed, and several chat templates survive train
 
 import json
 import shutil
+import sys
 
 import pytest
-from conftest import MICRO, THETA0, stage
+from conftest import MICRO, THETA0, shell, stage
 from transformers import AutoTokenizer
 
-from spin import compare, mt_bench
+from spin import checkpoint, compare, mt_bench
 from spin.files import write_jsonl
 
 PAIRS = [{"prompt": f"Spell {w}", "real": "-".join(w), "generated": w} for w in ("tin", "kola")]
@@ -80,7 +81,7 @@ def test_pairs_given_to_an_iteration_that_was_made_from_others_are_refused(tmp_p
 
 
 def test_a_result_of_another_model_or_recipe_is_not_taken_for_this_one(
-    played, tmp_path, refused, capsys
+    played, tmp_path, refused, capfd
 ):
     out = tmp_path / "result.json"
     theta_1 = played / "iter0" / "model"
@@ -88,7 +89,7 @@ def test_a_result_of_another_model_or_recipe_is_not_taken_for_this_one(
     stage("evaluate", tmp_path, *flags)
     before = out.read_text()
     stage("evaluate", tmp_path, *flags)
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capfd.readouterr().out
     for other, word in (
         (["--model", theta_1], "another model"),
         (["--opponent", theta_1], "another opponent"),
@@ -99,23 +100,77 @@ def test_a_result_of_another_model_or_recipe_is_not_taken_for_this_one(
     assert out.read_text() == before
 
 
-def test_a_comparison_of_other_models_is_not_taken_for_this_one(played, tmp_path, refused, capsys):
+def test_a_comparison_of_other_models_is_not_taken_for_this_one(played, tmp_path, refused, capfd):
     out = str(tmp_path / "result.json")
     theta_1, theta_2 = (str(played / f"iter{t}" / "model") for t in (0, 1))
     compare.main([str(THETA0), theta_1, *MICRO, "--out", out])
     compare.main([str(THETA0), theta_1, *MICRO, "--out", out])
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capfd.readouterr().out
     line = refused(lambda: compare.main([str(THETA0), theta_2, *MICRO, "--out", out]))
     assert "made with another opponent" in line
 
 
 def test_answers_for_mt_bench_of_another_model_are_not_taken_for_its(
-    played, long_theta, tmp_path, refused, capsys
+    played, long_theta, tmp_path, refused, capfd
 ):
     write_jsonl(tmp_path / "question.jsonl", [{"question_id": 1, "turns": ["Spell tin"]}])
     flags = [str(tmp_path / "question.jsonl"), *MICRO, "--out", str(tmp_path / "m.jsonl")]
     mt_bench.main([*flags, "--model", str(long_theta)])
     mt_bench.main([*flags, "--model", str(long_theta)])
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capfd.readouterr().out
     line = refused(lambda: mt_bench.main([*flags, "--model", str(THETA0)]))
     assert "made with another model" in line
+
+
+# ---- what libraries write on the way to a refusal ----
+
+
+def lost_metadata(tmp_path, monkeypatch):
+    def killed(*_):
+        raise RuntimeError
+
+    stage("generate", tmp_path, "--iter", 0)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(checkpoint, "export", killed)
+        stage("train", tmp_path, "--iter", 0)
+    (index,) = tmp_path.glob("iter0/checkpoint/*/.metadata")
+    index.unlink()
+    return "train", "is damaged"
+
+
+def lost_model(tmp_path, monkeypatch):
+    return "generate", "cannot load", "--model", "someone/nothing"
+
+
+def lost_set(tmp_path, monkeypatch):
+    return "generate", "cannot load", "--data", "someone/nothing"
+
+
+def lost_weight(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(THETA0, tmp_path / "theta")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return "generate", "missing keys", "--model", folder
+
+
+def broken_tokenizer(tmp_path, monkeypatch):
+    folder = shutil.copytree(THETA0, tmp_path / "theta")
+    (folder / "tokenizer.json").write_text("{")
+    return "generate", "cannot load the tokenizer", "--model", folder
+
+
+@pytest.mark.parametrize(
+    "lay_out", [lost_metadata, lost_model, lost_set, lost_weight, broken_tokenizer]
+)
+def test_a_refusal_stands_alone_on_stderr_whatever_libraries_log(lay_out, tmp_path, monkeypatch):
+    name, word, *flags = lay_out(tmp_path, monkeypatch)
+    flags = [*MICRO, "--run", tmp_path, "--iter", 0, *flags]
+    done = shell(sys.executable, f"{name}.py", *flags)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and word in line
+    if lay_out is lost_metadata:  # control: libraries that may log
+        loud = "import logging, sys, train; logging.disable = print; train.main(sys.argv[1:])"
+        assert "Traceback" in shell(sys.executable, "-c", loud, *flags).stderr
