@@ -11,7 +11,7 @@ six answers to look at, RUN/iter{t}/answers.jsonl; for --theta0 the same two in 
 --tasks extra (Table 6), or names of the LM Evaluation Harness's own tasks: writes benchmarks.json.
 Two models on the same prompts: spin/compare.py. Answers for MT-Bench: spin/mt_bench.py.
 
-Keys of eval.json, each but n with its standard error over prompts (_stderr):
+Keys of eval.json, each but the last three with its standard error over prompts (_stderr):
 expected_exact_match    mean of p_θ(y, EOS | x), the chance that a sample at temperature 1 is the
                         human answer; computed, not sampled, so free of sampling noise
 greedy_exact_match      share of prompts whose greedy answer is the human one, token for token
@@ -20,6 +20,7 @@ win_rate, margin        the game of Eq. (4.7) on held-out pairs, y' ~ opponent; 
 eos_rate, mean_length   of the model's own samples at temperature 1: the share that end by EOS, and
                         their tokens
 n                       held-out prompts
+left_out, made_from     rows of the set that were left out, by reason; hashes of models and recipe
 """
 
 from pathlib import Path
