@@ -20,7 +20,7 @@ def ended_alike(rows) -> str | None:
     ends = {row["finish"] if row["generated"].strip() else "empty" for row in rows}
     if ends == {"length"}:
         ask = "has it learnt to, and in this --template? SPIN cannot teach it to stop"
-        cut = "every answer was cut off at --max-new-tokens: the model never writes the end of an answer"
+        cut = "every answer was cut off at --max-new-tokens: the model never ends one"
         return f"{cut}; {ask}"
     if ends == {"empty"}:
         ask = "is this its --template, and was theta_t trained too far?"
