@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loss import sequence_logps
 from spin.files import read_jsonl
+from spin.models import refuse_missing_attention
 from spin.packing import pack, packed
 
 # one of each way: a packed row with a window, explicit masks, padded rows of several kinds
@@ -74,7 +75,9 @@ def test_with_any_attention_a_packed_row_has_the_log_probs_of_each_sequence_alon
     sequences = random_sequences()
     wanted = alone(model, sequences)
     if attention == "sdpa" and not model._supports_sdpa:
-        pytest.skip("the family has no SDPA: test_an_attention_that_a_family_lacks_is_refused")
+        with pytest.raises(SystemExit):
+            refuse_missing_attention(model.config, attention)
+        return
     if attention != "auto" and attention != model.config._attn_implementation:
         model.config._attn_implementation = attention
     with packed(model, attention), torch.no_grad():
