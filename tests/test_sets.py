@@ -315,20 +315,29 @@ def test_of_1000_rows_100_that_cannot_be_used_are_left_out_and_counted(tokenizer
     assert len(counts) == 10
 
 
-def test_a_set_with_unusable_rows_trains_on_the_others_and_says_why(tmp_path, capsys):
+@pytest.mark.parametrize("number", [40, pytest.param(1000, marks=pytest.mark.long)])
+def test_a_set_with_unusable_rows_trains_on_the_others_and_says_why(number, tmp_path, capsys):
     from spin import report
 
-    write_jsonl(tmp_path / "set.jsonl", mixed_set()[:40])
+    write_jsonl(tmp_path / "set.jsonl", mixed_set()[:number])
     flags = ["--iter", 0, "--data", tmp_path / "set.jsonl", "--model", THETA0]
+    flags += ["--num-prompts", 5000, "--batch-size", 60, "--micro-tokens", 4096]
     run = tmp_path / "run"
     stage("evaluate", run, "--theta0", *flags[2:])
     stage("generate", run, *flags)
-    assert "a turn with tool calls or reasoning beside its text: 1" in capsys.readouterr().out
+    tenth = 1 if number == 40 else 10
+    said = f"a turn with tool calls or reasoning beside its text: {tenth}"
+    assert said in capsys.readouterr().out
     stage("train", run, *flags)
-    assert len(list(read_jsonl(run / "iter0" / "opponent.jsonl"))) == 36
+    assert len(list(read_jsonl(run / "iter0" / "opponent.jsonl"))) == number * 9 // 10
     report.main(["--recipe", "demo", "--run", str(run)])
     page = (run / "report.html").read_text()
-    for reason in ("read: 40", "a turn with tool calls", "a turn without text", "no prompt first"):
+    for reason in (
+        f"read: {number}",
+        "a turn with tool calls",
+        "a turn without text",
+        "no prompt first",
+    ):
         assert reason in page
 
 
