@@ -109,13 +109,16 @@ def played(tmp_path_factory):
 
 
 @pytest.fixture()
-def refused(capsys):
-    """refused(call) runs call, checks exit code 2 and one line without a traceback, returns it."""
+def refused(capsys, caplog):
+    """refused(call) runs call, checks exit code 2 and one line without a traceback, returns it.
+    No library may have logged something before: pytest keeps that from stderr, a shell does not."""
 
     def check(call) -> str:
         capsys.readouterr()
+        caplog.clear()
         with pytest.raises(SystemExit) as stop:
             call()
+        assert not caplog.records
         lines = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
