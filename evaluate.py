@@ -31,7 +31,7 @@ from spin.figures import figures_by_prompt, read_held_out, same_tokens, summaris
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl, write_whole
 from spin.flags import parse
 from spin.models import refuse_what_cannot_be_trained
-from spin.run import iteration_folder, made_by, save_recipe, starting_model
+from spin.run import hash_of_data, iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
 
 FLAGS = (
@@ -50,6 +50,8 @@ def main(argv=None):
     check_flags(args)
     policy, opponent, t, out = whom_to_evaluate(recipe, args)
     asked = {"tasks": args.tasks, "limit": args.limit}
+    if not args.tasks:
+        asked["eval_data"] = hash_of_data(recipe.eval_data)
     made_from = made_by(recipe, policy, opponent, asked)
     if out and out.exists():
         checks.same_result(out, made_from)

@@ -46,7 +46,7 @@ from spin.probe import probe
 from spin.run import (
     Iteration,
     answers_of,
-    hash_of_pairs,
+    hash_of_data,
     iteration_folder,
     save_recipe,
     starting_model,
@@ -70,7 +70,7 @@ def main(argv=None):
     pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
     iteration = Iteration(t, out, made_from(theta_t, pairs, recipe))
     checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
-    foreign = hash_of_pairs(args.pairs)
+    foreign = [hash_of_data(source) for source in args.pairs]
     knobs = recipe.at(t)  # lam, lr and mix are numbers from here on
 
     with process_group() as world:

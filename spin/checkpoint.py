@@ -90,9 +90,11 @@ def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
     if step:
         folder = iteration.folder / "checkpoint"
         weights, moments = states.get_state_dict(model, optimizer)
+        reader = dcp.FileSystemReader(folder / str(step))
         try:
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder / str(step))
-        except (OSError, ValueError, dcp.CheckpointException) as problem:
+            reader.read_metadata()  # where it cannot, dcp.load would print a traceback
+            dcp.load({"model": weights, "optimizer": moments}, storage_reader=reader)
+        except (Exception, dcp.CheckpointException) as problem:  # which is no Exception
             cause = first_cause(problem)
             mend = f"delete {folder} to start this iteration anew"
             found = f"{type(cause).__name__}: {str(cause)[:200]}"
@@ -125,7 +127,9 @@ def export(model, tokenizer, folder: Path, pairs: list[str], world: World):
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part, state_dict=weights)
         try:
-            tokenizer.save_pretrained(part)
+            # several templates stay in one file: a name such as "tools/v2" is none of a file
+            several = isinstance(tokenizer.chat_template, dict)
+            tokenizer.save_pretrained(part, save_jinja_files=not several)
         except Exception as problem:  # Rust's OSError is none
             raise OSError(problem) from None
         sizes = {}

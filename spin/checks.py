@@ -18,7 +18,7 @@ from spin.damage import check_run_files, check_weights, sampled_rows
 from spin.files import fail, io_errors_in_one_line, locate, read_json, read_jsonl
 from spin.flags import parse
 from spin.recipe import Recipe, fixed_knobs
-from spin.run import answers_of, hash_of_model, hash_of_pairs, iteration_folder, starting_model
+from spin.run import answers_of, hash_of_data, hash_of_model, iteration_folder, starting_model
 
 RESTORE = "restore it, or choose another --run"
 
@@ -38,11 +38,7 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str])
     run_directory(recipe, run)
     folder = iteration_folder(run, t, recipe.objective)
     if (folder / "model").is_dir():
-        made_from = read_json(folder / "files.json", RESTORE).get("pairs", [])
-        if made_from != hash_of_pairs(foreign_pairs):
-            mend = "give the same --pairs, or none if it was none, or another --run"
-            fail(f"{folder / 'model'} was made from other pairs: {mend}")
-        return
+        return same_pairs(folder, foreign_pairs)
     start = theta(recipe, run, t, recipe.objective)
     if foreign_pairs:
         return
@@ -155,13 +151,23 @@ def model_folder(name: str) -> str:
     return name
 
 
-def same_result(path: Path, made_from: dict):
-    """Refuse a result that is there already, and was made from something else."""
-    found = read_json(path, "delete it").get("made_from", made_from)
-    other = [name for name in made_from if found.get(name) != made_from[name]]
+def same_pairs(folder: Path, foreign_pairs: list[str]):
+    """Refuse a finished iteration that was trained on other pairs."""
+    made_from = read_json(folder / "files.json", RESTORE).get("pairs", [])
+    if made_from != [hash_of_data(source) for source in foreign_pairs]:
+        mend = "give the same --pairs, or none if it was none, or another --run"
+        fail(f"{folder / 'model'} was made from other pairs: {mend}")
+
+
+def same_result(out: Path, made_from: dict, record: Path | None = None):
+    """Refuse a result that is there already, and was made from something else, or by nobody knows
+    what. record: the file that says what it was made from, if it is not the result itself."""
+    found = read_json(record or out, "delete it").get("made_from")
+    known = found if isinstance(found, dict) else {}
+    other = [name for name in made_from if known.get(name, ()) != made_from[name]]
     if other:
         mend = "delete it, or give another --out"
-        fail(f"{path} is there already, made with another {', '.join(other)}: {mend}")
+        fail(f"{out} is there already, made with another {', '.join(other)}: {mend}")
 
 
 def same_prompts(path: Path, pairs, source) -> str:
@@ -184,6 +190,8 @@ def main(argv=None):
     recipe, args = parse(argv, __doc__)
     run_directory(recipe, args.run)
     model_folder(recipe.model)
+    for model in args.run.glob("**/iter*/model"):  # the loop's own have no --pairs
+        same_pairs(model.parent, [])
     print(args.run, recipe.iterations, int(recipe.sft_baseline), sep="\t")
 
 

@@ -16,7 +16,7 @@ from spin.distributed import process_group
 from spin.figures import COLUMNS, figures_by_prompt, read_held_out, same_tokens
 from spin.files import check_out, fail, io_errors_in_one_line, write_json
 from spin.flags import parse
-from spin.run import made_by
+from spin.run import hash_of_data, made_by
 
 COMPARED = ("expected_exact_match", "nll_per_token", "greedy_exact_match")
 RESAMPLES = 10_000
@@ -30,7 +30,7 @@ def main(argv=None):
     recipe, args = parse(argv, __doc__, A, B, OUT)
     check_out(args.out)
     a, b = checks.model_folder(args.A), checks.model_folder(args.B)
-    made_from = made_by(recipe, a, b)
+    made_from = made_by(recipe, a, b, {"eval_data": hash_of_data(recipe.eval_data)})
     if args.out and args.out.exists():
         checks.same_result(args.out, made_from)
         return print(f"{args.out} is there already: nothing to do")

@@ -4,7 +4,6 @@ And how a stage ends where something is amiss: one line that begins with `error:
 import functools
 import gzip
 import json
-import logging
 import os
 import signal
 import sys
@@ -35,19 +34,14 @@ def fail_for_io(problem: Exception):
 
 
 def io_errors_in_one_line(main):
-    """For a stage's main: an OSError ends it in one line. Libraries log nothing meanwhile: on the
-    way to a refusal some write tracebacks of their own, among which its line would be lost."""
+    """For a stage's main: an OSError ends it in one line."""
 
     @functools.wraps(main)
     def careful(argv=None):
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
         try:
             return main(argv)
         except OSError as problem:
             fail_for_io(problem)
-        finally:
-            logging.disable(before)
 
     return careful
 

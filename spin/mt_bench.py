@@ -46,7 +46,7 @@ def main(argv=None):
     beside = args.out.with_suffix(".json")
     made_from = made_by(recipe, policy, None, {"questions": questions})
     if args.out.exists():
-        checks.same_result(beside, made_from)
+        checks.same_result(args.out, made_from, beside)
         return print(f"{args.out} is there already: nothing to do")
     codec = load_codec(policy, recipe)
     check_room(questions, policy, codec, recipe)

@@ -11,6 +11,9 @@ from spin.flags import as_text
 from spin.recipe import Recipe, fixed_knobs
 
 LOGS = ("metrics.jsonl", "opponent.jsonl")  # of a finished iteration: only pictures use them
+# what a text's tokens, and a model's scores, depend on besides its weights
+TEXT_FILES = "config.json tokenizer* *.jinja additional_chat_templates/*.jinja chat_template.json"
+TEXT_FILES += " special_tokens_map.json added_tokens.json vocab* merges.txt *.model *.tiktoken"
 SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
 
 
@@ -50,10 +53,9 @@ def hash_of_model(name: str, revision: str) -> str:
         return f"{name}@{revision}"
     digest = hashlib.sha256()
     folder = Path(name)
-    patterns = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt")
-    texts = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    for path in texts:
-        digest.update(path.name.encode() + path.read_bytes())
+    texts = {path for pattern in TEXT_FILES.split() for path in folder.glob(pattern)}
+    for path in sorted(path for path in texts if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     for path in weight_files(folder):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 2**20))
@@ -61,15 +63,19 @@ def hash_of_model(name: str, revision: str) -> str:
     return digest.hexdigest()
 
 
-def hash_of_pairs(sources: list[str]) -> list[str]:
-    """What --pairs names, by which a finished iteration knows it: hashes of files, else names."""
-    found = []
-    for source in sources:
-        if Path(source).is_file():
-            with open(source, "rb") as file:
-                source = hashlib.file_digest(file, "sha256").hexdigest()
-        found.append(source)
-    return found
+def hash_of_data(source: str) -> str:
+    """A hash of a set's files, by which a result knows what it was made from; a set on the hub is
+    known by its name. source: as for sources.read_rows."""
+    names = [source] if Path(locate(source)).exists() else source.split(",")
+    digest = hashlib.sha256()
+    for path in map(Path, map(locate, names)):
+        if not path.exists():
+            return source
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                with open(file, "rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def made_by(recipe: Recipe, policy: str, opponent: str | None, asked=None) -> dict:

@@ -51,7 +51,10 @@ def rows_of_folder(folder: Path, split: str) -> list:
     if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
         import datasets
 
-        found = datasets.load_from_disk(str(folder))
+        try:
+            found = datasets.load_from_disk(str(folder))
+        except Exception as problem:  # arrow's, json's, its own: each: not a whole set
+            fail(f"cannot read {folder}: {problem}")
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
                 fail(f"{folder} has no split {split}: give --split, one of {', '.join(found)}")

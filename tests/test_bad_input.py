@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 from conftest import MICRO, REPO, THETA0, shell, stage, torchrun
@@ -181,6 +182,13 @@ def data(content, name="set.jsonl"):
         return "generate", tmp / "run", ["--iter", "0", "--data", tmp / name]
 
     return lay_out
+
+
+def half_saved(tmp, played):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp / "set")
+    (only,) = (tmp / "set").glob("*.arrow")
+    only.write_bytes(b"ARROW1")
+    return "generate", tmp / "run", ["--iter", "0", "--data", tmp / "set"]
 
 
 def row(**fields):
@@ -383,6 +391,7 @@ DATA = {
     "an object as .json": (data('{"epochs": 3}', name="set.json"), "unknown shape"),
     "half a .json": (data('[{"prompt": "a"', name="set.json"), "set.json"),
     "a .parquet that is none": (data("PAR1xxxx", name="set.parquet"), "set.parquet"),
+    "a folder of save_to_disk that is not whole": (half_saved, "cannot read"),
     "an unknown ending": (data(GOOD, name="set.txt"), "no data"),
     "a row without fields": (data("{}\n"), "unknown shape"),
     "a row of other fields": (data('{"a": 1}\n'), "fields a: 1); known: prompt/real"),
