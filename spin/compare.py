@@ -30,7 +30,8 @@ def main(argv=None):
     recipe, args = parse(argv, __doc__, A, B, OUT)
     check_out(args.out)
     a, b = checks.model_folder(args.A), checks.model_folder(args.B)
-    made_from = made_by(recipe, a, b, {"eval_data": hash_of_data(recipe.eval_data)})
+    asked = {"program": "spin.compare", "eval_data": hash_of_data(recipe.eval_data)}
+    made_from = made_by(recipe, a, b, asked)
     if args.out and args.out.exists():
         checks.same_result(args.out, made_from)
         return print(f"{args.out} is there already: nothing to do")

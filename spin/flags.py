@@ -92,10 +92,14 @@ def _check_values(recipe: Recipe):
     if recipe.template not in ("paper", "chat") and "{prompt}" not in recipe.template:
         wanted = "'paper', 'chat' or a string that holds {prompt}"
         fail(f"--template must be {wanted}, got {recipe.template!r}")
-    for letter in "nrt":  # a shell leaves them as they are in '…' and "…"
-        if f"\\{letter}" in recipe.template:
-            mend = "for a line break write $'…\\n…'"
-            fail(f"--template must not hold a backslash and an {letter}, as text: {mend}")
+    texts = [("--template", recipe.template)]
+    # a value that is JSON may hold them
+    texts += [("--template-kwargs", x) for x in recipe.template_kwargs if x[-1:] not in '"]}']
+    for name, text in texts:
+        for letter in "nrt":  # a shell leaves them as they are in '…' and "…"
+            if f"\\{letter}" in text:
+                mend = f"for a line break or tab write $'…\\{letter}…'"
+                fail(f"{name} must not hold a backslash and the letter {letter}: {mend}")
     for item in recipe.template_kwargs:
         if recipe.template != "chat" or "=" not in item:
             fail(f"--template-kwargs {item}: name=value is wanted, and --template chat")

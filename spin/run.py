@@ -12,8 +12,8 @@ from spin.recipe import Recipe, fixed_knobs
 
 LOGS = ("metrics.jsonl", "opponent.jsonl")  # of a finished iteration: only pictures use them
 # what a text's tokens, and a model's scores, depend on besides its weights
-TEXT_FILES = "config.json tokenizer* *.jinja additional_chat_templates/*.jinja chat_template.json"
-TEXT_FILES += " special_tokens_map.json added_tokens.json vocab* merges.txt *.model *.tiktoken"
+TEXT_FILES = "config.json *token* *.jinja additional_chat_templates/*.jinja chat_template.json"
+TEXT_FILES += " *vocab* merges.txt *.model *.spm *.codes tekken.json emoji.json"
 SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
 
 
@@ -78,10 +78,20 @@ def hash_of_data(source: str) -> str:
     return digest.hexdigest()
 
 
+def may_write_date(name: str) -> bool:
+    """Whether the chat template of a model asks for today's date; of a hub model it may."""
+    folder = Path(name)
+    texts = [*folder.glob("*.jinja"), *folder.glob("tokenizer_config.json")]
+    return not folder.is_dir() or any(b"strftime_now" in path.read_bytes() for path in texts)
+
+
 def made_by(recipe: Recipe, policy: str, opponent: str | None, asked=None) -> dict:
     """What a result is made from: hashes of the models and of the recipe, and what was asked."""
     knobs = fixed_knobs(recipe)
-    del knobs["date"]  # a result of yesterday is one
+    for name in ("model", "revision", "date"):  # the models are hashed, by whatever path they came
+        del knobs[name]
+    if recipe.template == "chat" and may_write_date(policy):  # else one of yesterday is as good
+        asked = {**(asked or {}), "date": recipe.date}
     models = {"model": policy, "opponent": opponent}
     made = {name: model and hash_of_model(model, recipe.revision) for name, model in models.items()}
     return {

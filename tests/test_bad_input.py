@@ -354,8 +354,9 @@ KNOBS = knobs(f"""
 --trust-remote-code | FLAG
 --template "no place"; --template "{{ prompt }}" | holds {{prompt}}
 --template chat | no chat template
---template "Q: {{prompt}}\\nA:" | a backslash and an n
---template "Q: {{prompt}}\\tA:" | a backslash and an t
+--template "Q: {{prompt}}\\nA:" | write $'…\\n…'
+--template "Q: {{prompt}}\\tA:" | write $'…\\t…'
+--template-kwargs "note=a\\nb" | --template-kwargs must not hold a backslash
 --template-kwargs a=1 | name=value is wanted, and --template chat
 --date 2026-13-01 | --date must be a day
 --date yesterday | --date must be a day

@@ -65,6 +65,7 @@ def test_a_model_edited_between_stages_is_noticed_and_other_files_beside_it_do_n
             *("config.json", "tokenizer.json", "tokenizer_config.json"),
             *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
             *("vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json"),
+            *("tekken.json", "added_tokens.json", "source.spm", "bpe.codes"),
         ):
             path = folder / text
             before = path.read_text() if path.exists() else None
@@ -178,6 +179,46 @@ def test_a_comparison_of_other_models_is_not_taken_for_this_one(played, tmp_path
     assert "nothing to do" in capsys.readouterr().out
     line = refused(lambda: compare.main([str(THETA0), theta_2, *MICRO, "--out", out]))
     assert "made with another opponent" in line
+
+
+def test_an_evaluation_is_not_taken_for_a_comparison_of_the_same_models(played, tmp_path, refused):
+    """Nor the other way round; both read the same models, recipe and set."""
+    one, two = (tmp_path / f"{name}.json" for name in ("evaluation", "comparison"))
+    models = ["--model", str(THETA0), "--opponent", str(played / "iter0" / "model")]
+    stage("evaluate", tmp_path, *models, "--out", one)
+    same = [models[1], models[3], *MICRO]
+    assert "another program" in refused(lambda: compare.main([*same, "--out", str(one)]))
+    compare.main([*same, "--out", str(two)])
+    assert "another tasks" in refused(lambda: stage("evaluate", tmp_path, *models, "--out", two))
+
+
+@pytest.mark.parametrize("writes_date", [True, False])
+def test_a_result_of_another_day_is_another_one_where_the_chat_template_writes_the_day(
+    writes_date, tmp_path, refused
+):
+    flags = [*chat_model(tmp_path / "theta"), "--out", tmp_path / "result.json"]
+    if writes_date:
+        template = "{{ strftime_now('%d') }}" + CHAT
+        (tmp_path / "theta" / "chat_template.jinja").write_text(template)
+    stage("evaluate", tmp_path, *flags, "--date", "2026-01-31")
+    stage("evaluate", tmp_path, *flags, "--date", "2026-01-31")  # nothing to do
+
+    def next_day():
+        stage("evaluate", tmp_path, *flags, "--date", "2026-02-01")
+
+    if writes_date:
+        assert "made with another date" in refused(next_day)
+    else:
+        next_day()  # nothing to do
+
+
+def test_a_result_is_known_by_whatever_path_its_model_is_named(tmp_path, capsys, monkeypatch):
+    shutil.copytree(THETA0, tmp_path / "theta")
+    flags = ["--eval-prompts", 4, "--out", tmp_path / "result.json"]
+    stage("evaluate", tmp_path, "--model", tmp_path / "theta", *flags)
+    monkeypatch.chdir(tmp_path)
+    stage("evaluate", tmp_path, "--model", "theta", *flags)
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_answers_for_mt_bench_of_another_model_are_not_taken_for_its(
