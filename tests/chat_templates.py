@@ -14,6 +14,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -68,6 +69,7 @@ class Family:
     pad: str | None = None
     puts: str = ""  # what the tokenizer puts around a text: "BOS", "EOS", "BOS EOS" or nothing
     spm: bool = False  # a Metaspace tokenizer, as from SentencePiece; else byte-level BPE
+    legacy: bool = False  # of those, one that puts a space behind each special token, as Llama 2's
     gpt2: bool = False  # cut into pieces as GPT-2 does, where two line breaks are one piece or two
     rstrip: bool = False  # special tokens swallow the white space behind them, as Phi-3's do
     plain: tuple[str, ...] = ()  # added tokens that are not marked as special
@@ -143,6 +145,19 @@ FAMILIES = {
         bos="<s>",
         puts="BOS",
         spm=True,
+    ),
+    "llama2, an older tokenizer": Family(
+        (EACH + BY_USER + "{{ bos_token }}[INST] {{ m.content.strip() }} [/INST]")
+        + "{% elif m.role == 'assistant' %} {{ m.content.strip() }} </s>"
+        + ("{% else %}{{ raise_exception('no system') }}" + END + DONE),
+        S,
+        "</s>",
+        " ",
+        bos="<s>",
+        puts="BOS",
+        spm=True,
+        legacy=True,
+        system="refused",
     ),
     "mistral": Family(
         (NO_SYSTEM + "<s>" + EACH + BY_USER)
@@ -267,6 +282,21 @@ FAMILIES = {
         bos="<|endoftext|>",
         pad="<|endoftext|>",
     ),
+    "smollm3": Family(  # a system message of its own, with the date and the way of thinking
+        (EACH + "{% if loop.first %}<|im_start|>system\nToday is {{ strftime_now('%d %B %Y') }}.\n")
+        + "Thinking: {{ 'on' if enable_thinking | default(true) else 'off' }}\n"
+        + "{{ m.content if m.role == 'system' else 'You help.' }}<|im_end|>\n{% endif %}"
+        + "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+        + "{% elif m.role == 'assistant' %}<|im_start|>assistant\n"
+        + ("{% if not enable_thinking | default(true) %}" + EMPTY_THOUGHT + END)
+        + ("{{ m.content.lstrip('\n') }}<|im_end|>\n" + END + DONE)
+        + (ASKED + "<|im_start|>assistant\n{% if not enable_thinking | default(true) %}")
+        + (EMPTY_THOUGHT + END + END),
+        QWEN,
+        "<|im_end|>",
+        plain=THINK,
+        kwargs=("enable_thinking=false",),
+    ),
     "tulu": Family(  # marks what the assistant writes, and ends the last turn otherwise than others
         (EACH + "<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}")
         + "{{ m.content }}{{ eos_token if loop.last else eos_token + '\n' }}{% endgeneration %}"
@@ -350,6 +380,10 @@ def core_of(family: Family) -> Tokenizer:
         core = Tokenizer(models.BPE(unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         core.decoder = decoders.Metaspace(prepend_scheme="first")
+        if family.legacy:
+            as_sign = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            core.normalizer = normalizers.Sequence(as_sign)
+            core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         letters, specials = SENTENCE_PIECES, ["<unk>", *specials]
     else:
         core = Tokenizer(models.BPE())
