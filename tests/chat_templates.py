@@ -14,6 +14,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -68,6 +69,8 @@ class Family:
     pad: str | None = None
     puts: str = ""  # what the tokenizer puts around a text: "BOS", "EOS", "BOS EOS" or nothing
     spm: bool = False  # a Metaspace tokenizer, as from SentencePiece; else byte-level BPE
+    legacy: bool = False  # of those, one that puts a space behind each special token, as Llama 2's
+    lacks: str = ""  # characters for which a Metaspace tokenizer has no token but <unk>
     gpt2: bool = False  # cut into pieces as GPT-2 does, where two line breaks are one piece or two
     rstrip: bool = False  # special tokens swallow the white space behind them, as Phi-3's do
     plain: tuple[str, ...] = ()  # added tokens that are not marked as special
@@ -143,6 +146,19 @@ FAMILIES = {
         bos="<s>",
         puts="BOS",
         spm=True,
+    ),
+    "llama2, an older tokenizer": Family(
+        (EACH + BY_USER + "{{ bos_token }}[INST] {{ m.content.strip() }} [/INST]")
+        + "{% elif m.role == 'assistant' %} {{ m.content.strip() }} </s>"
+        + ("{% else %}{{ raise_exception('no system') }}" + END + DONE),
+        S,
+        "</s>",
+        " ",
+        bos="<s>",
+        puts="BOS",
+        spm=True,
+        legacy=True,
+        system="refused",
     ),
     "mistral": Family(
         (NO_SYSTEM + "<s>" + EACH + BY_USER)
@@ -250,6 +266,25 @@ FAMILIES = {
         bos="<B>",
         puts="BOS",
     ),
+    "command-a": Family(  # two special tokens behind an answer, of which the second ends the turn
+        "{{ bos_token }}" + EACH + "<|turn|><|{{ m.role }}|>{% if m.role == 'assistant' %}"
+        "<|response|>{{ m.content }}<|/response|>{% else %}{{ m.content }}{% endif %}<|end_turn|>"
+        + (DONE + ASKED + "<|turn|><|assistant|>" + END),
+        ("<B>", "<|turn|>", "<|end_turn|>", "<|system|>", "<|user|>", "<|assistant|>")
+        + ("<|response|>", "<|/response|>"),
+        "<|end_turn|>",
+        "<|response|>",
+        bos="<B>",
+        puts="BOS",
+    ),
+    "no token for a line break": Family(  # what stands before the end of turn is unknown to it
+        EACH + "<|{{ m.role }}|>{{ m.content }}\n<|end|>" + DONE + ASKED + "<|assistant|>" + END,
+        ("<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<|end|>",
+        eos="<eos>",
+        spm=True,
+        lacks="\n",
+    ),
     "gpt-oss": Family(
         "<|start|>system<|message|>Today is {{ strftime_now('%Y-%m-%d') }}<|end|>"
         + (EACH + HARMONY_TURN + DONE + ASKED + "<|start|>assistant" + END),
@@ -266,6 +301,21 @@ FAMILIES = {
         "<|endoftext|>",
         bos="<|endoftext|>",
         pad="<|endoftext|>",
+    ),
+    "smollm3": Family(  # a system message of its own, with the date and the way of thinking
+        (EACH + "{% if loop.first %}<|im_start|>system\nToday is {{ strftime_now('%d %B %Y') }}.\n")
+        + "Thinking: {{ 'on' if enable_thinking | default(true) else 'off' }}\n"
+        + "{{ m.content if m.role == 'system' else 'You help.' }}<|im_end|>\n{% endif %}"
+        + "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+        + "{% elif m.role == 'assistant' %}<|im_start|>assistant\n"
+        + ("{% if not enable_thinking | default(true) %}" + EMPTY_THOUGHT + END)
+        + ("{{ m.content.lstrip('\n') }}<|im_end|>\n" + END + DONE)
+        + (ASKED + "<|im_start|>assistant\n{% if not enable_thinking | default(true) %}")
+        + (EMPTY_THOUGHT + END + END),
+        QWEN,
+        "<|im_end|>",
+        plain=THINK,
+        kwargs=("enable_thinking=false",),
     ),
     "tulu": Family(  # marks what the assistant writes, and ends the last turn otherwise than others
         (EACH + "<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}")
@@ -350,7 +400,12 @@ def core_of(family: Family) -> Tokenizer:
         core = Tokenizer(models.BPE(unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         core.decoder = decoders.Metaspace(prepend_scheme="first")
-        letters, specials = SENTENCE_PIECES, ["<unk>", *specials]
+        if family.legacy:
+            as_sign = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            core.normalizer = normalizers.Sequence(as_sign)
+            core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        letters = [sign for sign in SENTENCE_PIECES if sign not in family.lacks]
+        specials = ["<unk>", *specials]
     else:
         core = Tokenizer(models.BPE())
         pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
@@ -362,7 +417,8 @@ def core_of(family: Family) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=450, special_tokens=marked, initial_alphabet=letters, max_token_length=8
     )
-    core.train_from_iterator([line for line in LINES for _ in range(9)], trainer)
+    lines = ["".join(c for c in line if c not in family.lacks) for line in LINES]
+    core.train_from_iterator([line for line in lines for _ in range(9)], trainer)
     core.add_tokens([AddedToken(token, normalized=False) for token in family.plain])
     eos = family.eos or family.end
     around = [(t, core.token_to_id(t)) for t in (family.bos, eos) if t in family.specials]
@@ -383,6 +439,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
         eos_token=family.eos or family.end,
         bos_token=family.bos,
         pad_token=family.pad,
+        unk_token="<unk>" if family.spm else None,
     )
     tokenizer.chat_template = family.template
     return tokenizer
