@@ -11,6 +11,7 @@ model has to write it, too. A template that cannot be taken apart so is refused.
 
 import datetime
 import json
+import os
 import re
 from dataclasses import dataclass
 
@@ -84,15 +85,20 @@ def make_codec(
     if not tokenizer.chat_template:
         fail(f"this tokenizer has no chat template: {PLAIN}")
     arguments = template_arguments(tokenizer, template_kwargs, date)
-    lead, tail = around_an_answer(tokenizer, arguments)
-    end = end_of_turn(tokenizer, lead, tail)
+    lead, tail, within = around_an_answer(tokenizer, arguments)
+    end = end_of_turn(tokenizer, lead, tail, within)
     return Codec(tokenizer, vocabulary, template, arguments, [], end, lead, tail)
 
 
 def ids_before_text(tokenizer) -> list[int]:
     """What a tokenizer puts before a text: its BOS, or nothing. Not what it puts behind one."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
+    # a word that it knows: a tokenizer of sums has no token for a letter
+    for word in sorted(set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens}):
+        text = tokenizer.convert_tokens_to_string([word])
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if bare:
+            break
+    whole = tokenizer(text)["input_ids"]
     starts = [k for k in range(len(whole)) if whole[k : k + len(bare)] == bare]
     return whole[: starts[0]] if starts else []
 
@@ -131,9 +137,10 @@ def with_date(template: str, day: datetime.datetime) -> str:
     return "{% macro strftime_now(format) %}{{ " + written + " }}{% endmacro %}\n" + template
 
 
-def around_an_answer(tokenizer, arguments: dict) -> tuple[str, str]:
-    """(what the chat template writes before an answer, what behind it), found from renderings of a
-    made-up conversation with two answers; refuses a template that cannot be taken apart so."""
+def around_an_answer(tokenizer, arguments: dict) -> tuple[str, str, str]:
+    """(what the chat template writes before an answer, what behind it, what behind one that is not
+    the last or '' where that is refused), found from renderings of a made-up conversation with two
+    answers; refuses a template that cannot be taken apart so."""
     question = [{"role": "user", "content": "Which?"}]
     system = [{"role": "system", "content": "Be kind."}]
     for messages in (question, [*system, *question]):  # some templates want a system message
@@ -153,18 +160,27 @@ def around_an_answer(tokenizer, arguments: dict) -> tuple[str, str]:
         if None in found or len(found) != 1:
             why = "a conversation with its answer does not begin as the one that asks for it"
             fail(f"the chat template cannot be split into prompt and answer, {why}: {PLAIN}")
-        return found.pop()
+        try:
+            text = tokenizer.apply_chat_template([*whole, *question], tokenize=False, **arguments)
+        except Exception:  # a template for one round
+            text = ""
+        return (*found.pop(), text.partition(answer)[2])
     fail(refusal)
 
 
-def end_of_turn(tokenizer, lead: str, tail: str) -> int:
-    """The token that ends an answer: the first special one that the template writes behind it."""
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+def end_of_turn(tokenizer, lead: str, tail: str, within: str) -> int:
+    """The token that ends an answer: the tokenizer's EOS, if every turn ends with it, or else the
+    first special token that the template writes behind the last answer. within: what it writes
+    behind an answer that is not the last."""
+    ids, ids_within = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (tail, within))
     added = tokenizer.added_tokens_decoder
     special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
+    special -= {tokenizer.unk_token_id}  # a line break, for instance, that has no token
     ends = [i for i in ids if i in special] or [i for i in ids if i in added]
     if not ends:
         fail(f"the chat template writes no special token behind an answer to end it: {PLAIN}")
-    if ends[0] in tokenizer(lead, add_special_tokens=False)["input_ids"]:
+    same = len(os.path.commonprefix([ids, ids_within]))
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ids[:same] else ends[0]
+    if end in tokenizer(lead, add_special_tokens=False)["input_ids"]:
         fail(f"the chat template begins an answer with the token that ends it: {PLAIN}")
-    return ends[0]
+    return end

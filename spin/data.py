@@ -2,9 +2,12 @@
 row has them "system" and "generated". A row that is no pair is Unusable, with the reason; nothing
 that belongs to the prompt is dropped."""
 
+import re
+
 from spin.files import fail
 
-ROLES = {"system": "system", "user": "user", "human": "user"}
+ROLES = {"system": "system", "developer": "system"}
+ROLES |= {"user": "user", "human": "user", "prompter": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 TEXTS = ("system", "prompt", "real", "generated")
 
@@ -27,11 +30,20 @@ SHAPES = {
     ("question", "answer"): "",
     ("input", "output"): "",
 }
-SYSTEM = ("system", "system_prompt")  # columns of a system message, beside any shape
+SYSTEM = (
+    "system",
+    "system_prompt",
+    "system_message",
+)  # columns of a system message, beside any shape
 OURS = ("id", "iter", "generated_ids", "finish")  # of generated.jsonl
 # columns with text or more that the model should see before it answers
 OF_THE_PROMPT = ("history", "context", "input", "instruction", "tools", "functions", "documents")
-OF_THE_PROMPT += ("image", "images", "audio", "audios", "video", "videos")
+OF_THE_PROMPT += ("image", "images", "audio", "audios", "video", "videos", "passage", "document")
+OF_THE_PROMPT += ("article", "choices", "options", "hint")
+EMPTY = ("", "[]", "{}", "null", "None", [], {})  # what a column holds where it holds nothing
+# of a message, besides its text
+MORE_OF_A_TURN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+MORE_OF_A_TURN += ("image", "images", "audio", "audios", "video", "videos")
 
 
 class Unusable(ValueError):
@@ -44,17 +56,18 @@ def to_pair(row: dict, source: str) -> tuple[dict, list[str]]:
     A pair from a conversation that goes on behind its first answer has "later_rounds"."""
     if not isinstance(row, dict):
         raise Unusable("no object with fields")
-    there = {name: value for name, value in row.items() if value is not None}
+    there = {name: value for name, value in row.items() if value not in (None, [])}
     shape = shape_of(there)
     if shape is None:
         nulls = ", ".join(name for name in row if name not in there)
         if shape_of(row):
-            raise Unusable(f"null in {nulls}")
-        raise Unusable("unknown shape with fields " + (", ".join(map(str, row)) or "(none)"))
+            raise Unusable(f"nothing in {nulls}")
+        fields = ", ".join(map(str, row)).encode(errors="replace").decode()
+        raise Unusable(f"unknown shape with fields {fields or '(none)'}")
     used = {*shape, SHAPES[shape], *SYSTEM, *OURS}
     unused = [name for name in there if name not in used]
     for name in unused:
-        if name in OF_THE_PROMPT and there[name]:
+        if name in OF_THE_PROMPT and there[name] not in EMPTY:
             known = "/".join(filter(None, shape))
             mend = f"put its text into the prompt, or remove the column {name}"
             fail(f"{source} has the shape {known}, and {name} would be lost: {mend}")
@@ -74,13 +87,14 @@ def shape_of(row: dict) -> tuple | None:
 
 def read_pair(row: dict, shape: tuple) -> dict:
     """The pair in a row of this shape, without fields that are null. Raises Unusable."""
-    if shape == ("prompt", "real", "generated") and isinstance(row["prompt"], str):
+    texts = all(isinstance(row.get(name), str) for name in ("prompt", "real", "generated"))
+    if shape == ("prompt", "real", "generated") and texts:
         own = {name: row[name] for name in (*shape, "system", *OURS) if name in row}
         return {**own, **system_column(row, own)}
     asked, *answers = ([] if not name else turns_of(row[name], name) for name in shape)
     more = row.get(SHAPES[shape], "")
-    if more:  # these shapes' prompts are text
-        role, text = asked[-1]
+    if more not in EMPTY:  # these shapes' prompts are text
+        role, text = asked[-1] if asked else ("user", "")
         if not (isinstance(text, str) and isinstance(more, str)):
             raise Unusable("prompt is no text")
         asked[-1] = role, "\n\n".join(part for part in (text, more) if part)
@@ -90,16 +104,20 @@ def read_pair(row: dict, shape: tuple) -> dict:
 
 def system_column(row: dict, pair: dict) -> dict:
     """{"system": text of a row's own column for it}, or {}. An empty message is kept as one."""
-    for name in SYSTEM:
-        if name in row:
-            if pair.get("system", row[name]) != row[name]:
-                raise Unusable("two system messages")
-            return {"system": row[name]}
-    return {}
+    found = [row[name] for name in SYSTEM if name in row]
+    found += [pair["system"]] if "system" in pair else []
+    texts = [text for text in found if text != ""]
+    if any(text != texts[0] for text in texts):
+        raise Unusable("two system messages")
+    return {"system": texts[0] if texts else ""} if found else {}
 
 
 def turns_of(value, field: str) -> list[tuple[str, str]]:
     """A text, or messages in the forms of OpenAI and ShareGPT, as turns (role, text)."""
+    if isinstance(value, str) and re.match(
+        r"""\s*\[\s*\{\s*['"](role|from|content|value)\b""", value
+    ):
+        raise Unusable(f"{field} is a conversation written as text")
     if not isinstance(value, list):
         asks = field in ("prompt", "question", "query", "instruction", "input")
         return [("user" if asks else "assistant", value)]
@@ -107,19 +125,24 @@ def turns_of(value, field: str) -> list[tuple[str, str]]:
     for message in value:
         if not isinstance(message, dict):
             raise Unusable(f"{field} is no list of messages")
-        role = message.get("role", message.get("from"))
-        if role not in ROLES:
-            raise Unusable(f"a turn by {str(role)[:20]!r}")
-        if any(message.get(name) for name in ("tool_calls", "function_call", "reasoning_content")):
-            raise Unusable("a turn with tool calls or reasoning beside its text")
-        turns.append((ROLES[role], text_of(message.get("content", message.get("value")))))
+        role = str(message.get("role") or message.get("from"))
+        if role.lower() not in ROLES:
+            raise Unusable(f"a turn by {ascii(role[:20])}")
+        if any(message.get(name) for name in MORE_OF_A_TURN):
+            raise Unusable("a turn with tool calls, reasoning or pictures beside its text")
+        text = (
+            message.get("content") if message.get("content") is not None else message.get("value")
+        )
+        turns.append((ROLES[role.lower()], text_of(text)))
     return turns
 
 
 def text_of(content) -> str:
     """The text of a message; a list of parts of text is joined."""
     if isinstance(content, list):
+        kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        parts = parts if kinds <= {"text", "input_text", "output_text"} else None
         content = "".join(parts) if parts and all(isinstance(p, str) for p in parts) else None
     if not isinstance(content, str):
         raise Unusable("a turn without text")
@@ -139,10 +162,12 @@ def pair_of_turns(asked: list, real: list, generated: list | None = None) -> dic
         cut = [*same, False].index(False)
     before = real[:cut]
     if any(role == "user" for role, _ in before):
-        if asked and asked[-1] not in before:
+        if asked[-len(before) :] == before:
+            before = asked
+        elif any(turn not in before for turn in asked):
             raise Unusable("the prompt is not that of the conversation")
     else:
-        before = before + asked
+        before = [turn for turn in before if turn not in asked] + asked
     answers = {"real": real[cut:], "generated": generated[cut:] if generated else None}
     pair = {}
     for name, turns in answers.items():
@@ -152,6 +177,8 @@ def pair_of_turns(asked: list, real: list, generated: list | None = None) -> dic
             raise Unusable("a conversation without an answer")
         if turns[0][0] != "assistant":
             raise Unusable("the answers do not answer the same prompt")
+        if [role for role, _ in turns[:2]] == ["assistant", "assistant"]:
+            raise Unusable("an answer in several turns")
         pair[name] = turns[0][1]
     systems = [text for role, text in before if role == "system"]
     rest = before[len(systems) :]

@@ -34,12 +34,12 @@ def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], d
             check_text(pair, codec)
             if prompt in seen:
                 raise Unusable("duplicate prompt")
-            seen.add(prompt)
             prompt_ids, ids, merged = split_ids(codec, pair, pair["real"], recipe.max_length)
             check_length(prompt_ids, recipe.max_length - recipe.max_new_tokens)
         except Unusable as problem:
             counts[str(problem)] += 1
             continue
+        seen.add(prompt)
         pairs.append({**pair, "id": index, "prompt_ids": prompt_ids})
         counts["response cut at max_length"] += len(prompt_ids + ids) > recipe.max_length
         counts["answers whose first token merges with the prompt"] += merged

@@ -2,16 +2,33 @@
 Every cell stays the text that stands in the file: an answer "007" or "NA" is no number and no gap,
 so JSON is read by Python's json, and CSV with every column as text."""
 
+import csv
 import gzip
 import json
+import re
+import zlib
 from pathlib import Path
 
+from spin.data import shape_of
 from spin.files import fail, locate, read_jsonl
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 WANTED = "a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a hub id"
 CONVERT = "convert it, for one by datasets.load_dataset(…).to_json('set.jsonl')"
-SPLITS = ("train", "test", "val", "dev", "held")  # words in the names of files
+# words in the names of files, or of folders in it
+SPLITS = {
+    "train",
+    "test",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "held",
+    "heldout",
+    "holdout",
+}
+TORN = (csv.Error, zlib.error)
 
 
 def read_rows(source: str, split: str = "train"):
@@ -19,6 +36,9 @@ def read_rows(source: str, split: str = "train"):
     them, a folder of files or of save_to_disk, or a hub id, with :CONFIG where a set has several.
     Ends with one line where they cannot be read."""
     names = [source] if Path(locate(source)).exists() else source.split(",")
+    names = [name.strip() for name in names]
+    if not all(names):
+        fail(f"no data at {source!r}: a name is missing between commas")
     paths = [Path(locate(name)) for name in names]
     if not any(path.exists() for path in paths) and not looks_like_a_file(source):
         return from_hub(source, split)
@@ -63,14 +83,24 @@ def rows_of_folder(folder: Path, split: str) -> list:
     files = []
     for pattern in ("*", "*/*"):  # those of the folder itself, else one deeper, such as data/
         found = [path for path in sorted(folder.glob(pattern)) if kind_of(path) in ENDINGS]
-        files = files or [path for path in found if not path.name.startswith(".")]
-    words = {word for word in SPLITS for path in files if word in path.stem}
-    if len(words) > 1:  # training on the test set would be the worst of readings
-        files = [path for path in files if path.name.startswith(split)]
-    if not files or (folder / "config.json").exists():  # a model's folder
-        which = f"of the split {split} (--split)" if words else "of data"
+        hidden = [path for path in found if "/." in f"/{path.relative_to(folder)}"]
+        about = [path for path in found if path.name.startswith(("dataset_info", "metadata."))]
+        files = files or [path for path in found if path not in hidden + about]
+    words = [words_of(path.relative_to(folder)) for path in files]
+    if len({frozenset(w & SPLITS) for w in words}) > 1:
+        # training on the test set would be the worst of readings
+        files = [path for path, w in zip(files, words, strict=True) if words_of(split) == w]
+    is_model = (folder / "config.json").exists()
+    if not files or is_model:
+        which = f"named as the split {split} (--split)" if words and not is_model else "of data"
         fail(f"{folder} holds no file {which}: {WANTED} is wanted")
     return [row for path in files for row in rows_of_file(path)]
+
+
+def words_of(name) -> set[str]:
+    """The words in the name of a split or of a file, without its ending: {"train", "sft"}."""
+    stem = re.sub(r"(\.[a-z]+)+$", "", str(name).lower())
+    return set(re.findall("[a-z]+", stem)) - {"of", "data", "shard", "part"}
 
 
 def rows_of_file(path: Path) -> list:
@@ -86,7 +116,7 @@ def rows_of_file(path: Path) -> list:
         if kind == ".json":
             return rows_of_json(path)
         return list(read_jsonl(path))
-    except (OSError, EOFError, ValueError, RecursionError, OverflowError) as problem:
+    except (OSError, EOFError, ValueError, RecursionError, OverflowError, *TORN) as problem:
         fail(f"cannot read {path}: {problem}")
 
 
@@ -102,6 +132,8 @@ def rows_of_json(path: Path) -> list:
         if problem.msg != "Extra data":
             raise
         return list(read_jsonl(path))
+    if isinstance(found, dict) and shape_of(found):
+        return [found]
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         return found["data"]
     if isinstance(found, dict):  # one line of JSON lines, or {"train": […]} with another name
@@ -111,11 +143,23 @@ def rows_of_json(path: Path) -> list:
 
 
 def rows_of_table(path: Path, separator: str) -> list[dict]:
-    """The rows of a CSV file, every cell as its text: "007", "NA", and nothing as ""."""
-    import pandas  # comes with datasets, which reads CSV by it, but not all cells as text
-
-    as_text = {"dtype": str, "keep_default_na": False, "na_filter": False}
-    return pandas.read_csv(path, sep=separator, **as_text).to_dict("records")
+    """The rows of a CSV file, every cell as its text: "007", "NA", and nothing as "".
+    Not by pandas, as the package datasets has it: where rows have a cell too many, that takes the
+    first column for their names, and all others move."""
+    csv.field_size_limit(2**31 - 1)
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    rows = []
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError("two columns have one name")
+        for cells in filter(None, reader):
+            if len(cells) != len(names):
+                wrong = f"{len(cells)} cells under {len(names)} names"
+                raise ValueError(f"line {reader.line_num}: {wrong}")
+            rows.append(dict(zip(names, cells, strict=True)))
+    return rows
 
 
 def from_hub(source: str, split: str):

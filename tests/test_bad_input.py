@@ -368,7 +368,7 @@ KNOBS = knobs(f"""
 --data no/such.jsonl | no/such.jsonl
 --data {THETA0} | holds no file of data
 --data "" | FLAG must not be empty
---data demo | holds no file of the split
+--data demo | holds no file named as the split
 --split "" | FLAG must not be empty
 --eval-split "" | FLAG must not
 --recompute=maybe; --offload=1 | FLAG
@@ -415,7 +415,7 @@ DATA = {
         data([{"prompt": w * 30, "response": "a"} for w in ("tin", "amu")]),
         "prompt too long: 2",
     ),
-    "a prompt that is null": (row(prompt=None, response="b"), "null in prompt: 1"),
+    "a prompt that is null": (row(prompt=None, response="b"), "nothing in prompt: 1"),
     "a response that is a number": (
         row(prompt="a", response=3),
         "real is no text: 1",
@@ -424,7 +424,7 @@ DATA = {
     "a lone surrogate": (row(prompt="a \ud800", response="b"), "prompt is no valid Unicode"),
     "a field too few": (row(prompt="a"), "unknown shape with fields prompt"),
     "messages that are text": (row(messages="Hi"), "no prompt first"),
-    "messages that are null": (row(messages=None), "null in messages"),
+    "messages that are null": (row(messages=None), "nothing in messages"),
     "messages without a role": (row(messages=[{"content": "a"}, BOT]), "a turn by 'None'"),
     "messages without content": (row(messages=[{"role": "user"}, BOT]), "a turn without text"),
     "messages of pictures": (row(messages=[USER, PICTURE]), "a turn without text"),

@@ -95,6 +95,29 @@ READ = {
     "an empty system column": ({"system": "", "prompt": "Hi?", "response": "Hello."}, EMPTY),
     "an empty system turn": ({"messages": [said("system", ""), USER, BOT]}, EMPTY),
     "a null system column": ({"system": None, "prompt": "Hi?", "response": "Hello."}, PAIR),
+    "an empty system column beside a system turn": (
+        {"system": "", "messages": [SYSTEM, USER, BOT]},
+        KIND,
+    ),
+    "a system turn in the prompt and no other": (
+        {"prompt": [SYSTEM, USER], "chosen": [USER, BOT], "rejected": [USER, OTHER]},
+        TWO | KIND,
+    ),
+    "a system turn in the prompt and in the answers": (
+        {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, BOT], "rejected": [SYSTEM, OTHER]},
+        TWO | KIND,
+    ),
+    "an instruction that is empty": ({"instruction": [], "input": "Hi?", "output": "Hello."}, PAIR),
+    "conversations as real and generated beside a prompt": (
+        {"prompt": "Hi?", "real": [USER, BOT], "generated": [USER, OTHER]},
+        TWO,
+    ),
+    "merged schemas of messages": (
+        {"messages": [{**from_value("human", "Hi?"), "role": None, "content": None}, BOT]},
+        PAIR,
+    ),
+    "roles in capitals": ({"messages": [said("User", "Hi?"), said("Assistant", "Hello.")]}, PAIR),
+    "tools that are none": ({"tools": "[]", "messages": [USER, BOT]}, PAIR),
     "several shapes, one not null": (
         {"prompt": None, "response": None, "messages": [USER, BOT], "input": None, "output": None},
         PAIR,
@@ -110,6 +133,33 @@ def test_a_row_of_a_known_shape_is_the_pair_that_stands_in_it(name):
 
 # name: a row, and a word of the reason why it cannot be used
 LEFT_OUT = {
+    "a prompt that holds more than its conversation": (
+        {"prompt": [SYSTEM, USER, BOT, USER], "completion": [USER, BOT]},
+        "several rounds",
+    ),
+    "a conversation written as text": (
+        {"prompt": "Hi?", "chosen": '[{"role": "user"}]', "rejected": "[{'role': 'user'}]"},
+        "written as text",
+    ),
+    "thoughts beside the answer": ({"messages": [USER, {**BOT, "thinking": "Hm."}]}, "reasoning"),
+    "a picture beside the question": (
+        {"messages": [{**USER, "images": ["a.png"]}, BOT]},
+        "pictures",
+    ),
+    "a picture with text": (
+        {"messages": [USER, said("assistant", [{"type": "image_url", "text": "a"}])]},
+        "without text",
+    ),
+    "an answer in two turns": ({"messages": [USER, BOT, OTHER]}, "several turns"),
+    "a role that is a list": ({"messages": [said(["user"], "Hi?"), BOT]}, "a turn by"),
+    "an input that is the number 0": (
+        {"instruction": "Square it.", "input": 0, "output": "0"},
+        "prompt is no text",
+    ),
+    "two system columns": (
+        {"system": "Be kind.", "system_prompt": "Be rude.", "prompt": "Hi?", "response": "Yo"},
+        "two system",
+    ),
     "a tool call": (
         {"messages": [USER, {**BOT, "content": None, "tool_calls": [{"name": "f"}]}]},
         "tool calls",
@@ -119,8 +169,8 @@ LEFT_OUT = {
     "the assistant first": ({"messages": [BOT, USER, BOT]}, "no prompt first"),
     "no assistant": ({"messages": [USER]}, "without an answer"),
     "two users": ({"messages": [USER, USER, BOT]}, "several rounds"),
-    "an empty list": ({"messages": []}, "without an answer"),
-    "a null answer": ({"prompt": "Hi?", "response": None}, "null in response"),
+    "an empty list": ({"messages": []}, "nothing in messages"),
+    "a null answer": ({"prompt": "Hi?", "response": None}, "nothing in response"),
     "an answer that is a number": ({"prompt": "Hi?", "response": 7}, "real is no text"),
     "an unknown role": ({"messages": [USER, said("tool", "7"), BOT]}, "a turn by 'tool'"),
     "a message that is text": ({"messages": ["Hi?", "Hello."]}, "no list of messages"),
@@ -258,7 +308,40 @@ def test_a_folder_that_holds_a_test_set_too_gives_the_split_that_is_asked_for(tm
     write_jsonl(tmp_path / "test.jsonl", ROWS[:1])
     assert read_rows(str(tmp_path), "train") == ROWS
     line = refused(lambda: read_rows(str(tmp_path), "train_sft"))
-    assert "holds no file of the split train_sft" in line
+    assert "holds no file named as the split train_sft" in line
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [("train/0", "test/0"), ("Train", "Test"), ("train", "holdout"), ("train", "train_test")],
+)
+def test_a_test_set_beside_the_training_set_is_never_read_as_one(train, test, tmp_path):
+    for name, rows in ((train, ROWS), (test, ROWS[:1])):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_jsonl(path, rows)
+    assert read_rows(str(tmp_path), "train") == ROWS
+
+
+def test_a_folder_of_a_hub_set_is_read_without_what_is_about_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "latest-0.jsonl", ROWS)
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / ".cache").mkdir()
+    write_jsonl(tmp_path / ".cache" / "x.jsonl", ROWS)
+    assert read_rows(str(tmp_path), "train") == ROWS
+
+
+def test_one_conversation_as_json_is_a_row_and_not_its_messages(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"messages": [USER, BOT]}))
+    assert read_rows(str(tmp_path / "one.json")) == [{"messages": [USER, BOT]}]
+
+
+def test_a_prompt_is_no_repeat_of_one_that_was_left_out(tokenizer):
+    rows = [{"prompt": "Spell tin", "response": text} for text in ("\ud800", "t-i-n", " ")]
+    codec = make_codec(tokenizer, "paper")
+    pairs, _ = select(rows, "set", codec, Recipe(max_length=64, max_new_tokens=24), 9)
+    assert [pair["real"] for pair in pairs] == ["t-i-n"]
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path, refused):
@@ -283,9 +366,18 @@ def test_a_hub_set_is_loaded_with_its_configuration(monkeypatch):
 
 @pytest.mark.parametrize(
     "name, content",
-    [("empty.jsonl", ""), ("empty.json", "[]"), ("empty.csv", ""), ("torn.csv", 'a,b\n"x,1\n')],
+    [
+        ("empty.jsonl", ""),
+        ("empty.json", "[]"),
+        ("empty.csv", ""),
+        ("torn.csv", 'a,b\n"x,1\n'),
+        ("wide.csv", "prompt,response\nWhat is 1, 2?,three\nIs a, b?,yes\n"),
+        ("narrow.csv", "prompt,response\nHi?\n"),
+        ("no.jsonl.gz", "\x1f\x8b no gzip"),
+        ("some.jsonl,", ""),
+    ],
 )
-def test_a_file_that_holds_nothing_is_refused_in_one_line(name, content, tmp_path, refused):
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(name, content, tmp_path, refused):
     (tmp_path / name).write_text(content)
     assert name in refused(lambda: read_rows(str(tmp_path / name)))
 
@@ -326,7 +418,7 @@ def test_a_set_with_unusable_rows_trains_on_the_others_and_says_why(number, tmp_
     stage("evaluate", run, "--theta0", *flags[2:])
     stage("generate", run, *flags)
     tenth = 1 if number == 40 else 10
-    said = f"a turn with tool calls or reasoning beside its text: {tenth}"
+    said = f"a turn with tool calls, reasoning or pictures beside its text: {tenth}"
     assert said in capsys.readouterr().out
     stage("train", run, *flags)
     assert len(list(read_jsonl(run / "iter0" / "opponent.jsonl"))) == number * 9 // 10
