@@ -16,18 +16,8 @@ ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 WANTED = "a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a hub id"
 CONVERT = "convert it, for one by datasets.load_dataset(…).to_json('set.jsonl')"
 # words in the names of files, or of folders in it
-SPLITS = {
-    "train",
-    "test",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-    "eval",
-    "held",
-    "heldout",
-    "holdout",
-}
+SPLITS = {"train", "test", "val", "valid", "validation"}
+SPLITS |= {"dev", "eval", "held", "heldout", "holdout"}
 TORN = (csv.Error, zlib.error)
 
 
