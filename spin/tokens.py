@@ -56,7 +56,9 @@ def split_text(codec: Codec, pair: dict, response: str | None, ended: bool) -> t
     if codec.template != "chat":
         # A template's last spaces go to the answer's first token, as in the LM Evaluation Harness:
         # "Response: " + "Yes" and "Response:" + " Yes" are different tokens to most models.
-        prompt = text.rstrip(" ")
+        template = PAPER_TEMPLATE if codec.template == "paper" else codec.template
+        spaces = len(template) - len(template.rstrip(" "))  # not those that end someone's prompt
+        prompt = text[: len(text) - spaces]
         return prompt, text[len(prompt) :] + (response or "")
     if response is None:
         return text, ""

@@ -146,6 +146,19 @@ def test_the_templates_last_space_goes_to_the_response_where_the_model_would_wri
     assert apart[-2:] != ["▁Response:", "▁Hello"]
 
 
+def test_spaces_that_end_a_prompt_do_not_go_to_the_answer(tokenizer):
+    pair = {"prompt": "Spell tin  "}
+    for template in ("{prompt}", "Q: {prompt}"):
+        codec = make_codec(tokenizer, template)
+        ids, mask = encode(codec, pair, "t-i-n", eos=False)
+        assert decode(codec, [i for i, m in zip(ids, mask, strict=True) if m]) == "t-i-n"
+        prompt, _ = encode(codec, pair)
+        assert tokenizer.decode(prompt, skip_special_tokens=True).endswith("tin  ")
+    ids, mask = encode(make_codec(tokenizer, "{prompt}  "), pair, "t-i-n", eos=False)
+    answer = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert tokenizer.decode(answer) == "  t-i-n"  # control: the template's own do
+
+
 def test_generation_and_training_see_the_same_prompt_ids(tokenizer):
     pair = {"prompt": "Reverse kola"}
     in_generation, _ = encode(make_codec(tokenizer, "paper"), pair)
