@@ -11,8 +11,9 @@ ROLES |= {"user": "user", "human": "user", "prompter": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 TEXTS = ("system", "prompt", "real", "generated")
 
-# the fields that tell a shape: of the prompt, the answer, the answer to tell it from, if any, and
-# of more that belongs to the prompt. The first whose fields are all there is taken.
+# the fields that tell a shape -> a further field, which is appended to the prompt, or "".
+# The fields: of the prompt, or "" where it is in the conversation; of the real answer; of the
+# generated one, if there is one. The first shape whose fields are all there is taken.
 SHAPES = {
     ("prompt", "real", "generated"): "",  # generated.jsonl itself, or pairs as plain text
     ("", "real", "generated"): "",  # the authors' published sets, conversations

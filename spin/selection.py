@@ -28,7 +28,7 @@ def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], d
             break
         counts["read"] += 1
         try:
-            pair = read_pair(rows[index], source, counts)
+            pair = counted_pair(rows[index], source, counts)
             pair.pop("generated", None)  # an SFT set's own y' is neither used nor judged
             prompt = (pair.get("system"), pair["prompt"])
             check_text(pair, codec)
@@ -58,7 +58,7 @@ def select_pairs(sources: list[str], codec, recipe) -> tuple[list[dict], dict]:
         for number, row in enumerate(read_rows(source, recipe.split), 1):
             counts["read"] += 1
             try:
-                pair = read_pair(row, source, counts)
+                pair = counted_pair(row, source, counts)
                 if "generated" not in pair:
                     raise Unusable("no generated response beside the real one")
                 if "generated_ids" in pair:  # from another run's generated.jsonl
@@ -82,7 +82,7 @@ def select_pairs(sources: list[str], codec, recipe) -> tuple[list[dict], dict]:
     return pairs, +counts
 
 
-def read_pair(row, source: str, counts: dict) -> dict:
+def counted_pair(row, source: str, counts: dict) -> dict:
     """The pair in a row; counts what of it is not used: other columns, later rounds."""
     pair, unused = to_pair(row, source)
     for name in unused:

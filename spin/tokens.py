@@ -74,7 +74,8 @@ def split_text(codec: Codec, pair: dict, response: str | None, ended: bool) -> t
 def split_ids(
     codec: Codec, pair: dict, response=None, max_length=None, eos=True
 ) -> tuple[list[int], list[int], bool]:
-    """(ids of the prompt, ids of the answer, whether their text has a token across the boundary).
+    """(ids of the prompt, ids of the answer, whether a token would have reached across the border:
+    then the answer is tokenised by itself).
     pair: holds prompt, and maybe system. response: text; sampled ids, taken as they are; or None
     for the prompt alone. Text gets the end of turn if eos, and if it is not certainly longer than
     max_length. The prompt's ids do not depend on the answer. Raises Unusable."""
