@@ -6,14 +6,16 @@
     python evaluate.py --iter 3 --tasks paper          the paper's benchmarks (Table 4)
     torchrun --nproc_per_node 8 evaluate.py --iter 0   each rank takes its share of the prompts
 
-Reads the held-out set (--eval-data), θ_{t+1} and its opponent θ_t. Writes RUN/iter{t}/eval.json and
-six answers to look at, RUN/iter{t}/answers.jsonl; for --theta0 the same two in RUN. --tasks paper,
---tasks extra (Table 6), or names of the LM Evaluation Harness's own tasks: writes benchmarks.json.
+Reads the held-out set (--eval-data), θ_{t+1} and its opponent θ_t. Writes RUN/iter{t}/eval.json,
+figures by prompt, by_prompt.jsonl, and six answers to look at, answers.jsonl; for --theta0
+the same three in RUN. --tasks paper, --tasks extra (Table 6), or names of the LM Evaluation
+Harness's own tasks: writes benchmarks.json.
 Two models on the same prompts: spin/compare.py. Answers for MT-Bench: spin/mt_bench.py.
 
 Keys of eval.json, each but the last three with its standard error over prompts (_stderr):
 expected_exact_match    mean of p_θ(y, EOS | x), the chance that a sample at temperature 1 is the
                         human answer; computed, not sampled, so free of sampling noise
+expected_exact_match_cooler   the same where each token is sampled at --eval-temperature
 greedy_exact_match      share of prompts whose greedy answer is the human one, token for token
 nll_per_token           −log p_θ(y|x) over the tokens of the human answers, in nats
 win_rate, margin        the game of Eq. (4.7) on held-out pairs, y' ~ opponent; null without one
@@ -27,9 +29,10 @@ from pathlib import Path
 
 from spin import checks, lm_harness
 from spin.distributed import process_group
-from spin.figures import figures_by_prompt, read_held_out, same_tokens, summarise
+from spin.figures import figures_by_prompt, read_held_out, same_tokens
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl, write_whole
 from spin.flags import parse
+from spin.intervals import COLUMNS, summarise
 from spin.models import refuse_what_cannot_be_trained
 from spin.run import hash_of_data, iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
@@ -83,6 +86,10 @@ def main(argv=None):
         save_recipe(recipe, args.run)
         write_whole(args.run / "heldout.json", seal)
         write_jsonl(out.with_name("answers.jsonl"), shown)
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()]
+        ids = [{"id": pair["id"]} for pair in held_out.pairs]
+        named = [{**one, **row} for one, row in zip(ids, rows, strict=True)]
+        write_jsonl(out.with_name("by_prompt.jsonl"), named)
     if out:  # last: it says that all is there
         write_json(out, {**result, "left_out": held_out.counts, "made_from": made_from}, indent=1)
 

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python demo/make_demo.py [--steps 4000]      about 10 minutes on a CPU
 
-Ten kinds of short tasks with one right answer each. The human answers of the SFT set are clean.
+Ten kinds of short tasks with one right answer each. A quarter of the SFT set's answers are
+mistakes: each is the answer of another prompt. The held-out set has none.
 theta_0 was trained on fresh prompts of the same kinds, half of whose answers are sloppy ("um, 48",
 "ulot ulot"): it knows the tasks and answers cleanly about half of the time, so there is something
 for SPIN to gain. Held-out prompts occur in neither.
@@ -28,6 +29,7 @@ from spin.tokens import encode
 HERE = Path(__file__).resolve().parent
 TRAIN = 2048  # prompts
 HELDOUT = 512
+MISTAKES = 0.25  # the share of the SFT set's answers that belong to another prompt
 BATCH = 256  # tasks in a step of theta_0's training
 KINDS = ["Reverse ", "Capitals of ", "Last letter of ", "Vowels of ", "Spell ", "Twice "]
 KINDS += ["Larger of ", "Add ", "Next after ", "Sort "]
@@ -81,7 +83,7 @@ def careless(rng: random.Random, kind: int, answer: str) -> str:
 
 
 def sft_set(rng: random.Random) -> tuple[list[dict], list[dict]]:
-    """(training set, held-out set), each prompt once."""
+    """(training set, held-out set), each prompt once and every answer right."""
     pairs = {}
     while len(pairs) < TRAIN + HELDOUT:
         _, prompt, answer = task(rng)
@@ -89,6 +91,18 @@ def sft_set(rng: random.Random) -> tuple[list[dict], list[dict]]:
     rows = [{"prompt": p, "response": a} for p, a in pairs.items()]
     rng.shuffle(rows)
     return rows[HELDOUT:], rows[:HELDOUT]
+
+
+def with_mistakes(rows: list[dict], share: float, seed: int = 0) -> list[dict]:
+    """The same rows, but a share of them has the answer of another prompt, which is wrong there."""
+    rng = random.Random(seed)
+    rows = [dict(row) for row in rows]
+    answers = [row["response"] for row in rows]
+    for row in rng.sample(rows, round(share * len(rows))):
+        right = row["response"]
+        while row["response"] == right:
+            row["response"] = rng.choice(answers)
+    return rows
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -190,7 +204,7 @@ def main():
     rng = random.Random(0)
     training, heldout = sft_set(rng)
     write_jsonl(HERE / "heldout.jsonl", heldout)
-    write_jsonl(HERE / "train.jsonl", training)
+    write_jsonl(HERE / "train.jsonl", with_mistakes(training, MISTAKES))
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     train(model, tokenizer, {row["prompt"] for row in heldout}, args.steps, rng)

@@ -6,20 +6,16 @@ A, B: folders or hub ids, such as runs/demo/iter0/model. Started in the reposito
 (and writes to --out), for each figure of COMPARED, "A", "B", "B-A", and its "interval": a paired
 bootstrap over prompts (Efron and Tibshirani, 1993)."""
 
-import math
 from pathlib import Path
-
-import numpy as np
 
 from spin import checks
 from spin.distributed import process_group
-from spin.figures import COLUMNS, figures_by_prompt, read_held_out, same_tokens
+from spin.figures import figures_by_prompt, read_held_out, same_tokens
 from spin.files import check_out, fail, io_errors_in_one_line, write_json
 from spin.flags import parse
+from spin.intervals import COMPARED, RESAMPLES, compare
 from spin.run import hash_of_data, made_by
 
-COMPARED = ("expected_exact_match", "nll_per_token", "greedy_exact_match")
-RESAMPLES = 10_000
 A = ("A", {"help": "a model: a transformers folder or a hub id"})
 B = ("B", {"help": "the model that it is compared with"})
 OUT = ("--out", {"type": Path, "help": "write the result to this file"})
@@ -55,36 +51,6 @@ def main(argv=None):
         print(f"{name:22}{values}   [{low:+.4f}, {high:+.4f}]")
     if args.out:
         write_json(args.out, {**result, "made_from": made_from}, indent=1)
-
-
-def compare(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
-    """{"n", and for each figure its value for A, for B, the difference and its 95% interval}.
-    a, b: (N, columns), a row of figures.COLUMNS a prompt, both in the same order."""
-    of_a, of_b = (compared(table.sum(0), len(table)).tolist() for table in (a, b))
-    intervals = np.quantile(paired_bootstrap(a, b, seed), (0.025, 0.975), axis=0).T  # (3, 2)
-    result = {"n": len(a)}
-    for name, one, two, interval in zip(COMPARED, of_a, of_b, intervals.tolist(), strict=True):
-        result[name] = {"A": one, "B": two, "B-A": two - one, "interval": interval}
-    return result
-
-
-def compared(sums: np.ndarray, n: int) -> np.ndarray:
-    """The figures of COMPARED, (…, 3), from the sums of COLUMNS over n prompts, (…, columns)."""
-    total = dict(zip(COLUMNS, np.moveaxis(sums, -1, 0), strict=True))
-    exact, greedy = total["expected_exact_match"] / n, total["greedy_exact_match"] / n
-    return np.stack((exact, total["nll"] / total["tokens"], greedy), -1)
-
-
-def paired_bootstrap(a, b, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """compared(b) − compared(a), (resamples, 3): prompts drawn with replacement, the same for both.
-    a, b: (N, columns), the rows of both in the same order. That pairing is what makes the interval
-    narrow: most of the spread over prompts is that some prompts are harder, for both."""
-    rng, n = np.random.default_rng(seed), len(a)
-    differences = []
-    for _ in range(math.ceil(resamples / 500)):
-        times = rng.multinomial(n, np.full(n, 1 / n), size=500)  # how often each prompt is drawn
-        differences.append(compared(times @ b, n) - compared(times @ a, n))
-    return np.concatenate(differences)[:resamples]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ Two kinds: what the model makes of the human answers (their probability, its gre
 of its own), and its game of Eq. (4.7) against an opponent, on prompts that were never trained on.
 Each rank takes its share of the prompts and holds one model at a time."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from loss import sequence_logps, spin_margin
 from spin.codec import Codec, load_codec
 from spin.distributed import sum_over_ranks
+from spin.intervals import COLUMNS
 from spin.models import load_frozen
 from spin.packing import balanced_bins, pack, packed
 from spin.probe import probe
@@ -21,18 +23,6 @@ from spin.sampling import sample, uniforms
 from spin.selection import select
 from spin.sources import read_rows
 from spin.tokens import decode, encode
-
-# the figures of one prompt, in the order of a row of the table; eval.json has their means
-COLUMNS = (
-    "expected_exact_match",  # p_θ(y, EOS | x) of the human answer
-    "greedy_exact_match",  # 1 if the greedy answer is the human one
-    "nll",  # −log p_θ(y|x), in nats
-    "tokens",  # of the human answer
-    "win_rate",  # 1 for a positive margin, ½ for a tie
-    "margin",  # the argument of ℓ in (4.7); 0 without an opponent
-    "eos_rate",  # 1 if the model's own sample ended by EOS
-    "mean_length",  # tokens of that sample
-)
 
 
 @dataclass(frozen=True)
@@ -114,6 +104,8 @@ def figures_of_chunk(model, codec, chunk, game: tuple | None, recipe, t: int) ->
     """The policy's row of COLUMNS for each of B pairs; game: what opponent_plays says of them."""
     real = [pair["real_tokens"] for pair in chunk]
     logp_real = logps(model, real, recipe)  # (B,)
+    with sampled_at(model, recipe.eval_temperature):
+        cooler = logps(model, real, recipe)  # (B,)
     margin = torch.zeros(len(chunk))
     if game:
         generated, *opponent = game
@@ -129,9 +121,10 @@ def figures_of_chunk(model, codec, chunk, game: tuple | None, recipe, t: int) ->
         is_human = greedy[i][0] == y
         ids, finish = own[i]
         logp = logp_real[i].item()
+        exact = [math.exp(logp), math.exp(cooler[i].item()), is_human]
         m = margin[i].item()
         win = (m > 0) + 0.5 * (m == 0)
-        rows.append([math.exp(logp), is_human, -logp, len(y), win, m, finish == "eos", len(ids)])
+        rows.append([*exact, -logp, len(y), win, m, finish == "eos", len(ids)])
     return rows
 
 
@@ -166,19 +159,15 @@ def logps(model, sequences, recipe) -> torch.Tensor:
     return result
 
 
-def summarise(table: np.ndarray, game: bool) -> dict:
-    """eval.json from a table of COLUMNS, (N, columns): means, and standard errors over prompts.
-    game: whether an opponent played; without one, win_rate and margin are null."""
-    n = len(table)
-    values_of = dict(zip(COLUMNS, table.T, strict=True))
-    nll, tokens = values_of.pop("nll"), values_of.pop("tokens")
-    ratio = nll.sum() / tokens.sum()
-    # a ratio of sums: its first-order deviation a prompt (the delta method)
-    values_of["nll_per_token"] = ratio + (nll - ratio * tokens) / tokens.mean()
-    result = {}
-    for name, values in values_of.items():
-        known = game or name not in ("win_rate", "margin")
-        spread = values.std(ddof=1) / math.sqrt(n) if known and n > 1 else None
-        result[name] = float(values.mean()) if known else None
-        result[f"{name}_stderr"] = None if spread is None else float(spread)
-    return {**result, "n": n}
+@contextlib.contextmanager
+def sampled_at(model, temperature: float):
+    """Inside, the model's probabilities are those by which tokens at a temperature are sampled."""
+
+    def divide(module, inputs, output):
+        output.logits.div_(temperature)
+
+    hook = model.register_forward_hook(divide)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -53,12 +53,14 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
         about = f"{f.metadata['help']} (default: {as_text(f.default) or 'none'})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
     argv = sys.argv[1:] if argv is None else argv
-    of_recipe = RECIPES[parser.parse_args(argv).recipe].split()
-    args = parser.parse_args([*of_recipe, *argv])
+    asked = parser.parse_args(argv)
+    args = parser.parse_args([*RECIPES[asked.recipe].split(), *argv])
     args.run = args.run or Path("runs") / args.recipe
     given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
     if "model" in given:
         given.setdefault("revision", "")  # the recipe's revision belongs to the recipe's model
+    if hasattr(asked, "data") and not hasattr(asked, "right_share"):
+        given["right_share"] = 0.0  # the recipe's is that of the recipe's own set
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     values["date"] = values.get("date") or date_of(args.run)
     recipe = Recipe(**values)

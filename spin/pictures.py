@@ -33,6 +33,7 @@ class Line:
     points: list[tuple[float, float, float]]  # x, value, standard error (0: no bar)
     colour: str = STYLES[0][0]
     dash: str | tuple = "-"  # a line style of matplotlib
+    marker: str = "o"  # "": no dots
 
 
 def draw_lines(
@@ -82,7 +83,9 @@ def add_line(axes, line: Line, dots: bool, name: str):
     """Draw a line, with its dots and error bars or alone."""
     x, values, errors = zip(*line.points, strict=True)
     (drawn,) = axes.plot(x, values, color=line.colour, linestyle=line.dash, label=line.label)
-    drawn.set(linewidth=1.6 if dots else 1.1, marker="o" if dots else "", markersize=4, gid=name)
+    drawn.set(
+        linewidth=1.6 if dots else 1.1, marker=line.marker if dots else "", markersize=4, gid=name
+    )
     if any(errors):
         axes.errorbar(x, values, yerr=errors, fmt="none", ecolor=line.colour)
 

@@ -43,6 +43,12 @@ class Recipe:
     eval_data: str = knob("HuggingFaceH4/ultrachat_200k", "held-out SFT set: hub id or file")
     eval_split: str = knob("test_sft", "split of --eval-data, if it is a hub id")
     eval_prompts: int = knob(500, "held-out prompts; our choice", POSITIVE)
+    eval_temperature: float = knob(
+        0.6, "a second temperature of evaluate.py's expected exact match, beside 1", POSITIVE
+    )
+    right_share: float = free(
+        0.0, "share of right answers in --data where it is known: a line in the report", FRACTION
+    )
     template: str = knob("paper", "'paper' (Appendix B.1), 'chat', or a string with {prompt}")
     template_kwargs: tuple[str, ...] = knob(
         (), "arguments of the chat template, as name=value: enable_thinking=false"
@@ -109,7 +115,7 @@ RECIPES = {
     "small": """--model HuggingFaceTB/SmolLM2-360M-Instruct --template chat --num-prompts 5000
         --max-length 1024 --lr 1e-6 1e-6 2e-7 2e-7 --micro-tokens 2048""",
     "demo": """--model demo/theta0 --data demo/train.jsonl --eval-data demo/heldout.jsonl
-        --num-prompts 2048 --eval-prompts 512 --max-new-tokens 24 --max-length 64
+        --right-share 0.75 --num-prompts 2048 --eval-prompts 512 --max-new-tokens 24 --max-length 64
         --chunk 256 --slots 256 --lam 5 --lr 3e-5 3e-5 6e-6 6e-6 --sft-baseline
         --no-recompute --checkpoint-every 16""",
 }

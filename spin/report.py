@@ -18,6 +18,7 @@ from spin.flags import parse
 from spin.pictures import STYLES, Line, as_image, draw_lines
 from spin.run import iteration_folder
 from spin.signs import signs_of_trouble, thinned
+from spin.verdict import NAMES, last_of_both, leading_figure, verdict
 
 RESTORE = "restore it, or choose another --run"
 EVALUATE = "delete it and run evaluate.py again"
@@ -41,6 +42,11 @@ def main(argv=None):
         fail(f"{args.run} holds no eval.json: run evaluate.py first")
     summary["benchmarks"] = benchmarks(args.run, summary)
     summary["rows"] = rows_of_sets(args.run, summary)
+    summary["leads"] = leading_figure(summary)
+    if last := last_of_both(summary):
+        folders = [iteration_folder(args.run, last - 1, objective) for objective in LABELS]
+        tables = [lines_of(folder / "by_prompt.jsonl") for folder in folders]
+        summary["verdict"] = verdict(summary, *tables)
     write_json(args.run / "summary.json", summary, indent=1)
     iterations = range(len(summary["spin"]) - 1)
     steps = [lines_of(iteration_folder(args.run, t) / "metrics.jsonl") for t in iterations]
@@ -50,6 +56,8 @@ def main(argv=None):
     html = page(summary, args.run.name, steps, answers(args.run, summary), problems)
     write_whole(args.run / "report.html", html + "\n")
     print(args.run / "report.html", *text_table(summary), sep="\n")
+    if summary.get("verdict"):
+        print(summary["verdict"], "In brackets: 95% interval over prompts (paired bootstrap).")
 
 
 def collect(run: Path) -> dict[str, list[dict]]:
@@ -115,11 +123,17 @@ def answers(run: Path, summary: dict) -> list[tuple[dict, list]]:
 
 
 def text_table(summary: dict):
-    """Expected exact match, iteration by iteration, as lines for the terminal."""
+    """The leading figure, iteration by iteration, as lines for the terminal."""
+    key = summary["leads"]
+    yield f"{NAMES[key]}:"
     for objective, label in LABELS.items():
-        cells = [figures["expected_exact_match"] for figures in summary[objective]]
+        models = summary[objective]
+        cells = [f"θ_{t} {figures[key]:.3f}" for t, figures in enumerate(models)]
+        if key == "expected_exact_match" and cells:
+            cooler = models[-1][f"{key}_cooler"]
+            cells.append(f"(temperature {summary['recipe']['eval_temperature']}: {cooler:.3f})")
         if cells:
-            yield f"{label:28}" + "  ".join(f"θ_{t} {cell:.3f}" for t, cell in enumerate(cells))
+            yield f"{label:28}" + "  ".join(cells)
 
 
 def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
@@ -130,10 +144,13 @@ def page(summary: dict, name: str, steps=(), shown=(), problems=()) -> str:
     results = summary.get("benchmarks") or {}
     tables = [paper_tables.beside_the_paper(table, results) for table in paper_tables.TABLES]
     given = {"name": name, "summary": summary, "problems": problems, "shown": shown}
-    given |= {"models": list(named_models(summary)), "curves": curves(steps)}
+    leads = leading_figure(summary)
+    given |= {"leads": leads, "verdict": summary.get("verdict"), "curves": curves(steps)}
+    given["models"] = list(named_models(summary))
     given["rows"] = summary.get("rows") or {}
     charts = {"expected_exact_match": "expected exact match", "nll_per_token": "nats per token"}
-    given["charts"] = {key: chart(summary, key, name) for key, name in charts.items()}
+    first = sorted(charts, key=lambda key: key != leads)  # the leading figure's picture
+    given["charts"] = {key: chart(summary, key, charts[key]) for key in first}
     given |= {"benchmarks": [table for table in tables if table], "differs": paper_tables.DIFFERS}
     return environment.get_template("report.html").render(given)
 
@@ -148,6 +165,11 @@ def chart(summary: dict, key: str, axis: str) -> dict:
                 points.append((t, figures[key], figures.get(f"{key}_stderr") or 0))
         if points:
             lines.append(Line(label, points, *style))
+    share = summary["recipe"].get("right_share")
+    if share and key == "expected_exact_match":
+        last = len(summary["spin"]) - 1
+        level = [(0, share, 0), (last, share, 0)]
+        lines.append(Line("right answers in the SFT set", level, *STYLES[-1], marker=""))
     return as_image(draw_lines(axis, lines, "model", axis), lines)
 
 

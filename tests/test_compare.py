@@ -9,7 +9,7 @@ import pytest
 from conftest import MICRO, THETA0, torchrun
 
 from spin import compare
-from spin.figures import COLUMNS
+from spin.intervals import COLUMNS, COMPARED, paired_bootstrap
 
 
 def test_two_models_are_compared_prompt_by_prompt(played, tmp_path, capsys):
@@ -20,7 +20,7 @@ def test_two_models_are_compared_prompt_by_prompt(played, tmp_path, capsys):
     start, end = (
         json.loads((folder / "eval.json").read_text()) for folder in (played, played / "iter0")
     )
-    for key in compare.COMPARED:
+    for key in COMPARED:
         assert two[key]["A"] == pytest.approx(start[key], rel=1e-6)
         assert two[key]["B"] == pytest.approx(end[key], rel=1e-6)
         low, high = two[key]["interval"]
@@ -40,7 +40,7 @@ def test_two_ranks_compare_as_one_does(played, tmp_path):
     compare.main([*map(str, flags), str(tmp_path / "one.json")])
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     assert done.stdout.count("95% interval") == 1  # rank 0 alone speaks
-    for key in compare.COMPARED:
+    for key in COMPARED:
         assert two[key]["B-A"] == pytest.approx(one[key]["B-A"], rel=1e-4, abs=1e-6)
         assert two[key]["interval"] == pytest.approx(one[key]["interval"], rel=1e-4, abs=1e-6)
 
@@ -50,14 +50,19 @@ def test_the_paired_interval_is_the_textbooks_and_the_pairing_is_what_makes_it_n
     rng, n = np.random.default_rng(0), 400
     a, b = np.zeros((2, n, len(COLUMNS)))
     hard, tokens = rng.random(n), rng.integers(3, 30, n)
+    names = ("expected_exact_match", "greedy_exact_match", "nll", "tokens")
+    exact, greedy, nll, count = map(COLUMNS.index, names)
     for table, gain in ((a, 0.0), (b, 0.05)):
-        table[:, 0] = hard + gain + 0.02 * rng.standard_normal(n)
-        table[:, 1] = rng.random(n) < hard
-        table[:, 2], table[:, 3] = tokens * (1 + hard - gain), tokens
-    draws = compare.paired_bootstrap(a, b, seed=0)
-    assert draws.shape == (10_000, 3) and (draws == compare.paired_bootstrap(a, b, seed=0)).all()
-    assert (draws != compare.paired_bootstrap(a, b, seed=1)).any()
-    for k, column in ((0, 0), (2, 1)):  # means: the standard error of the mean of the differences
+        table[:, exact] = hard + gain + 0.02 * rng.standard_normal(n)
+        table[:, greedy] = rng.random(n) < hard
+        table[:, nll], table[:, count] = tokens * (1 + hard - gain), tokens
+    draws = paired_bootstrap(a, b, seed=0)
+    assert draws.shape == (10_000, 3) and (draws == paired_bootstrap(a, b, seed=0)).all()
+    assert (draws != paired_bootstrap(a, b, seed=1)).any()
+    for k, column in (
+        (0, exact),
+        (2, greedy),
+    ):  # means: the standard error of the mean of the differences
         spread = (b - a)[:, column].std(ddof=1) / math.sqrt(n)
         assert draws[:, k].std() == pytest.approx(spread, rel=0.05)
         assert np.quantile(draws[:, k], (0.025, 0.975)) == pytest.approx(
@@ -65,7 +70,7 @@ def test_the_paired_interval_is_the_textbooks_and_the_pairing_is_what_makes_it_n
         )
     # a gain of 0.05 nats on every token
     assert draws[:, 1].mean() == pytest.approx(-0.05) and draws[:, 1].std() < 1e-12
-    unpaired = compare.paired_bootstrap(a, b[rng.permutation(n)], seed=0)
+    unpaired = paired_bootstrap(a, b[rng.permutation(n)], seed=0)
     assert unpaired[:, 0].std() > 5 * draws[:, 0].std()  # control
 
 

@@ -10,16 +10,18 @@ import make_demo
 
 from spin.codec import make_codec
 from spin.files import read_jsonl
+from spin.flags import parse
 from spin.tokens import decode, encode
 
 
 def test_the_sft_set_is_what_the_script_makes_and_training_and_held_out_prompts_are_disjoint():
-    training, heldout = make_demo.sft_set(random.Random(0))
+    clean, heldout = make_demo.sft_set(random.Random(0))
+    training = make_demo.with_mistakes(clean, make_demo.MISTAKES)
     assert list(read_jsonl(REPO / "demo" / "train.jsonl")) == training and len(training) == 2048
     assert list(read_jsonl(REPO / "demo" / "heldout.jsonl")) == heldout and len(heldout) == 512
     prompts = [row["prompt"] for row in training + heldout]
     assert len(set(prompts)) == len(prompts)
-    assert make_demo.sft_set(random.Random(1)) != (training, heldout)  # control
+    assert make_demo.sft_set(random.Random(1)) != (clean, heldout)  # control
 
 
 NO_CONSONANTS = str.maketrans("", "", "bcdfghjklmnpqrstvwxyz")
@@ -38,11 +40,30 @@ RIGHT = {
 }
 
 
-def test_the_answers_are_right():
-    """Each kind of task checked by other means than the one that made it."""
-    for row in read_jsonl(REPO / "demo" / "heldout.jsonl"):
-        words = row["prompt"].split()
-        assert RIGHT[words[0]](words, row["response"]), row
+def is_right(row: dict) -> bool:
+    """Whether an answer is right, by other means than those that made it."""
+    words = row["prompt"].split()
+    try:
+        return RIGHT[words[0]](words, row["response"])
+    except ValueError:  # a word where a number is wanted
+        return False
+
+
+def test_the_held_out_answers_are_right_and_a_quarter_of_the_sft_sets_are_another_prompts():
+    assert all(is_right(row) for row in read_jsonl(REPO / "demo" / "heldout.jsonl"))
+    training = list(read_jsonl(REPO / "demo" / "train.jsonl"))
+    clean, _ = make_demo.sft_set(random.Random(0))
+    assert all(is_right(row) for row in clean)
+    right = sum(is_right(row) for row in training) / len(training)
+    recipe, _ = parse(["--recipe", "demo"])
+    assert right == recipe.right_share == 0.75  # which the report draws as a line
+    wrong = [row["response"] for row in training if not is_right(row)]
+    assert set(wrong) <= {row["response"] for row in clean}
+    # a set of the user's own has another share
+    assert parse(["--recipe", "demo", "--data", "mine.jsonl"])[0].right_share == 0
+    mine = ["--recipe", "demo", "--data", "mine.jsonl", "--right-share", "0.9"]
+    assert parse(mine)[0].right_share == 0.9
+    assert parse([])[0].right_share == 0
 
 
 def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_gives_every_text_back(

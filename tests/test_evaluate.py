@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 import evaluate
 from loss import sequence_logps
 from spin.codec import load_codec
+from spin.files import read_jsonl
 from spin.flags import parse
+from spin.intervals import COLUMNS
 from spin.packing import pack
 from spin.sampling import sample, uniforms
 from spin.selection import select
@@ -30,10 +32,14 @@ def test_expected_exact_match_and_nll_are_what_the_chain_rule_gives(played):
     figures = json.loads((played / "eval.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.float64).eval()
     codec, pairs = held_out()
-    chances, nll, tokens, greedy = [], 0.0, 0, []
+    chances, cooler, nll, tokens, greedy = [], [], 0.0, 0, []
     for pair in pairs:
         ids, mask = encode(codec, pair, pair["real"])
-        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logits = model(torch.tensor([ids])).logits[0]
+        cool = (logits / 0.6).softmax(-1)
+        factors = [cool[j - 1, ids[j]].item() for j in range(len(ids)) if mask[j]]
+        cooler.append(math.prod(factors))
+        logps = logits.log_softmax(-1)
         terms = [logps[j - 1, ids[j]].item() for j in range(len(ids)) if mask[j]]
         best = [logps[j - 1].argmax().item() == ids[j] for j in range(len(ids)) if mask[j]]
         chances.append(math.exp(sum(terms)))
@@ -41,6 +47,8 @@ def test_expected_exact_match_and_nll_are_what_the_chain_rule_gives(played):
         nll, tokens = nll - sum(terms), tokens + len(terms)
     assert figures["n"] == 12
     assert figures["expected_exact_match"] == pytest.approx(sum(chances) / 12, rel=1e-4)
+    assert figures["expected_exact_match_cooler"] == pytest.approx(sum(cooler) / 12, rel=1e-4)
+    assert sum(cooler) > 1.1 * sum(chances)  # control: the temperature makes a difference
     assert figures["greedy_exact_match"] == pytest.approx(sum(greedy) / 12)
     assert figures["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
     spread = torch.tensor(chances).std().item() / math.sqrt(12)
@@ -98,6 +106,24 @@ def test_two_ranks_give_the_figures_of_one(played, tmp_path):
     assert two == {
         k: v if v is None else pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in one.items()
     }
+
+
+def test_the_figures_by_prompt_have_the_means_of_eval_json_and_temperature_1_is_temperature_1(
+    played, tmp_path
+):
+    figures = json.loads((played / "iter0" / "eval.json").read_text())
+    rows = list(read_jsonl(played / "iter0" / "by_prompt.jsonl"))
+    assert [row["id"] for row in rows] == [pair["id"] for pair in held_out()[1]]
+    for key in COLUMNS:
+        if key not in ("nll", "tokens"):
+            assert sum(row[key] for row in rows) / 12 == pytest.approx(figures[key])
+    assert sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows) == pytest.approx(
+        figures["nll_per_token"]
+    )
+    out = tmp_path / "out.json"
+    evaluate.main([*MICRO, "--model", str(THETA0), "--eval-temperature", "1", "--out", str(out)])
+    at_1 = json.loads(out.read_text())
+    assert at_1["expected_exact_match_cooler"] == pytest.approx(at_1["expected_exact_match"])
 
 
 def test_a_one_off_evaluation_leaves_no_run_behind(tmp_path, capsys):

@@ -16,8 +16,10 @@ from conftest import MICRO, REPO, shell
 
 from spin import report
 from spin.files import read_jsonl, write_jsonl
+from spin.intervals import COLUMNS
 from spin.pictures import STYLES, Line, draw_lines
 from spin.signs import signs_of_trouble
+from spin.verdict import leading_figure, verdict
 
 SVG = "{http://www.w3.org/2000/svg}"
 INLINE = "data:image/svg+xml;base64,"
@@ -92,7 +94,7 @@ def outside(played, evil: str) -> dict:
     """A summary whose texts, where they came from outside, are `evil`."""
     results = {"shots": 25, "n": 2, "figures": {"acc_norm,none": [0.5, 0.1]}}
     return {
-        "recipe": {"template": f"{evil}{{prompt}}"},
+        "recipe": {"template": f"{evil}{{prompt}}", "eval_temperature": 0.6},
         "spin": [json.loads((played / "eval.json").read_text())] * 2,
         "sft": [],
         "benchmarks": {evil: {"arc_challenge": results}},
@@ -120,7 +122,8 @@ def healthy(played):
     spin = [{**figures, "mean_length": 5.0, "eos_rate": 1.0} for _ in range(3)]
     step = {"loss": 0.5, "logratio_real": 1.0, "length_real": 5.0}
     steps = [[dict(step) for _ in range(20)] for _ in range(2)]
-    return {"recipe": {"ell": "logistic"}, "spin": spin, "sft": []}, steps
+    recipe = {"ell": "logistic", "eval_temperature": 0.6}
+    return {"recipe": recipe, "spin": spin, "sft": []}, steps
 
 
 def every(rows: list[dict], **values):
@@ -150,6 +153,92 @@ def test_the_report_warns_in_words_of_what_is_known_to_go_wrong(harm, word, play
     found = [line for line in signs_of_trouble(summary, steps) if word in line]
     page = report.page(summary, "x", steps, [], signs_of_trouble(summary, steps))
     assert found and found[0] in html.unescape(page)
+
+
+# ---- which is ahead ------------------------------------------------------------------------------
+
+
+def by_prompt(exact: float, nll: float, gain=0.0, n: int = 42) -> list[dict]:
+    """Rows of by_prompt.jsonl of n prompts, some harder than others; `gain` adds to both."""
+    rows = []
+    for i in range(n):
+        row = {**dict.fromkeys(COLUMNS, 0.0), "id": i, "tokens": 1.0}
+        row |= {"expected_exact_match": exact + 0.01 * (i % 7), "nll": nll + 0.1 * (i % 5)}
+        rows.append({**row, "nll": row["nll"] - gain * (1 + i % 3)})
+    return rows
+
+
+def run_of(*exact: float) -> dict:
+    """A summary of two models each, whose last have these expected exact matches."""
+    models = [[{"expected_exact_match": 0.0}, {"expected_exact_match": e}] for e in exact]
+    return {"spin": models[0], "sft": models[1], "recipe": {"seed": 0}}
+
+
+def test_the_verdict_says_who_is_ahead_by_how_much_and_neither_where_the_interval_holds_zero():
+    exact = run_of(0.8, 0.6)
+    said = verdict(exact, by_prompt(0.8, 1.0), by_prompt(0.6, 1.0))
+    assert "At θ_1 SPIN is ahead of continued SFT: expected exact match" in said
+    assert "a difference of +0.200 [+0.200, +0.200]" in said
+    said = verdict(exact, by_prompt(0.6, 1.0), by_prompt(0.8, 1.0))
+    assert "continued SFT is ahead of SPIN" in said and "-0.200" in said
+    mixed = by_prompt(0.6, 1.0)
+    for i, row in enumerate(mixed):
+        row["expected_exact_match"] += 0.1 * (-1) ** i
+    assert "neither SPIN nor continued SFT is ahead" in verdict(exact, mixed, by_prompt(0.6, 1.0))
+    # the NLL: lower is better
+    text = run_of(0.0, 0.001)
+    said = verdict(text, by_prompt(0.0, 2.0, gain=0.1), by_prompt(0.0, 2.0))
+    assert "SPIN is ahead of continued SFT: NLL per token" in said and "-0.200" in said
+    assert "continued SFT is ahead" in verdict(
+        text, by_prompt(0.0, 2.0), by_prompt(0.0, 2.0, gain=0.1)
+    )
+    # other prompts, or none: nothing is said
+    assert verdict(exact, by_prompt(0.8, 1.0), by_prompt(0.6, 1.0, n=39)) is None
+    assert verdict(exact, [], []) is None
+
+
+@pytest.mark.parametrize("best, leads", [(0.0099, "nll_per_token"), (0.01, "expected_exact_match")])
+def test_a_run_without_a_hundredth_of_exact_matches_is_led_by_the_nll_in_words_table_and_picture(
+    best, leads, played
+):
+    assert leading_figure(run_of(0.002, best)) == leading_figure(run_of(best, 0.002)) == leads
+    figures = json.loads((played / "eval.json").read_text())
+    summary = outside(played, "x")
+    summary["spin"] = [{**figures, "expected_exact_match": value} for value in (0.0, best)]
+    summary["leads"] = leading_figure(summary)
+    page = report.page(summary, "x")
+    exact = leads == "expected_exact_match"
+    titles = ("Expected exact match", "Negative log-likelihood")
+    first, second = (page.index(f"<b>{title}</b>") for title in titles)
+    assert (first < second) == exact
+    assert ("the expected exact match went from" in page) == exact
+    assert ("the negative log-likelihood went from" in page) == (not exact)
+    lines = list(report.text_table(summary))
+    assert lines[0].startswith("expected exact match" if exact else "NLL per token")
+    assert f"{best if exact else figures['nll_per_token']:.3f}" in lines[1]
+
+
+def test_the_report_of_a_run_with_a_baseline_says_who_is_ahead_and_draws_the_known_share(
+    played, tmp_path, capsys
+):
+    run = shutil.copytree(played, tmp_path / "run")
+    for t in (0, 1):  # a baseline that is as good as the model before
+        (run / "sft" / f"iter{t}").mkdir(parents=True)
+        for name in ("eval.json", "by_prompt.jsonl", "answers.jsonl"):
+            before = run if t == 0 else run / "iter0"
+            shutil.copy(before / name, run / "sft" / f"iter{t}")
+    report.main([*MICRO, "--run", str(run)])
+    said = json.loads((run / "summary.json").read_text())["verdict"]
+    assert "At θ_2 SPIN is ahead of continued SFT" in said
+    page = (run / "report.html").read_text()
+    assert said in html.unescape(page) and said in capsys.readouterr().out
+    _, _, images = parsed(page)
+    assert "right answers in the SFT set" in words(images[0][1])
+    recipe = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**recipe, "right_share": 0.0}))  # control
+    report.main([*MICRO, "--run", str(run)])
+    _, _, images = parsed((run / "report.html").read_text())
+    assert "right answers in the SFT set" not in words(images[0][1])
 
 
 def test_the_report_puts_benchmarks_beside_the_papers(played, tmp_path):
