@@ -121,7 +121,7 @@ def play(arm: Arm, runs: Path, seed: int) -> list[dict]:
         contextlib.redirect_stderr(log),
     ):
         rows = [row for objective in arm.objectives for row in iterate(arm, objective, run, flags)]
-        if arm is BASE:
+        if arm == BASE:
             rows += by_temperature(run, flags)
     return [{"arm": arm.name, "seed": seed, **row} for row in rows]
 

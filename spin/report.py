@@ -78,7 +78,7 @@ def named_models(summary: dict):
     for objective, label in LABELS.items():
         for t, figures in enumerate(summary[objective]):
             if t or objective == "spin":
-                yield objective, t, label if t else "SFT model", figures
+                yield objective, t, label.split(",")[0] if t else "SFT model", figures
 
 
 def benchmarks(run: Path, summary: dict) -> dict[str, dict]:
