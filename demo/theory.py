@@ -259,7 +259,8 @@ def shares_right(start, data, lam, iterations: int = 12) -> list[float]:
 
 LABELS = ("λ = 0.1", "λ = 0.5", "λ = 0.7", "λ = 1.0", "λ = 2.0", "λ = 5.0", "SFT")
 STYLE_OF = dict(zip(LABELS, STYLES, strict=True))
-STYLE_OF["λ = 20.0"] = STYLE_OF["λ = 0.1"]  # never in one picture
+# Names of the last picture, which has none of those whose style they take.
+STYLE_OF |= {"λ = 20.0": STYLES[0], "λ = 1.0, SFT": STYLES[3], "data": STYLES[6]}
 
 
 def print_theorem_5_2(data, start):
@@ -318,7 +319,7 @@ def show(name: str, title: str, curves: dict[str, list[float]], y_label: str, lo
     print(f"{title}, over the iterations")
     lines = []
     for label, values in curves.items():
-        print(f"  {label:8}", "  ".join(f"{v:.3g}" for v in values))
+        print(f"  {label:12}", "  ".join(f"{v:.3g}" for v in values))
         points = [(t, value, 0) for t, value in enumerate(values)]
         lines.append(Line(label, points, *STYLE_OF[label]))
     svg = draw_lines(title, lines, "model", y_label, log=log)
@@ -341,10 +342,10 @@ def show_distances(data, start):
 def show_mistakes():
     """The share of right answers where a quarter of the data is wrong, and the limits of that."""
     iterations = 12
-    # SFT's optimum is p_data, for ever: first, so that the others are drawn over it
-    curves = {"SFT": [share_right(QUARTER_WRONG)] * (iterations + 1)}
-    for lam in (1.0, 2.0, 5.0, 20.0):
-        curves[f"λ = {lam}"] = shares_right(HALF_CARELESS, QUARTER_WRONG, lam, iterations)
+    curves = {"data": [share_right(QUARTER_WRONG)] * (iterations + 1)}
+    # SFT's optimum is p_data too, where λ = 1 lands at once.
+    for label, lam in {"λ = 1.0, SFT": 1, "λ = 2.0": 2, "λ = 5.0": 5, "λ = 20.0": 20}.items():
+        curves[label] = shares_right(HALF_CARELESS, QUARTER_WRONG, lam, iterations)
     title = "Share of right answers where a quarter of the data is wrong, trained to the optimum"
     show("theory_mistakes.svg", title, curves, "share of right answers", log=False)
 
