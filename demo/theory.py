@@ -239,7 +239,7 @@ QUARTER_CARELESS = table_of(0.75, 0.25, 1e-6)
 def product_form(start, data, lam, t: int) -> torch.Tensor:
     """p_θ0^a p_data^(1−a), normalised, with a = (1 − 1/λ)^t: p_θt after t exact iterations. (X, Y)
 
-    By t times Theorem 5.4, as each leaves p_θt's exponents multiplied by 1 − 1/λ.
+    Theorem 5.4, t times: each multiplies the exponent of p_θ0 by 1 − 1/λ.
     """
     a = (1 - 1 / lam) ** t
     return (a * start + (1 - a) * data).log_softmax(-1)
