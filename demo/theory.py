@@ -1,7 +1,7 @@
 """The theory of SPIN, checked by running it: a world so small that expectations are finite sums.
 
-    python demo/theory.py          prints the figures, and draws theory_optimum.svg and
-                                   theory_steps.svg beside this file
+    python demo/theory.py          prints the figures, and draws theory_optimum.svg,
+                                   theory_steps.svg and theory_mistakes.svg beside this file
 
 Four prompts, three letters and an EOS, and all 40 responses of up to three tokens (those of three
 letters are cut off and have no EOS, so the probabilities of the 40 add up to one). Distributions
@@ -211,9 +211,56 @@ def gradient_noise(model, data, lam, batch: int = 1) -> tuple[float, float]:
     return (lam**2 / 4 * sft / batch).item(), (lam**2 / 4 * (sft + added) / batch).item()
 
 
+# ---- a world with mistakes -----------------------------------------------------------------------
+
+WRONG = len(RESPONSES) - 2  # answers to a prompt, besides the right one and the careless one
+
+
+def table_of(right: float, careless: float, wrong: float) -> torch.Tensor:
+    """A table with the same three probabilities for each prompt, normalised, as logs. (X, Y)
+
+    The right answer to prompt x is response x. The careless one is the last response, to whatever
+    prompt, as a habit is. Each of the others is wrong.
+    """
+    table = torch.full((PROMPTS, len(RESPONSES)), wrong, dtype=torch.float64)
+    table[:, -1] = careless
+    table.fill_diagonal_(right)
+    return table.log().log_softmax(-1)
+
+
+# Half of the model's answers are right, and half are careless. It finds wrong ones implausible.
+HALF_CARELESS = table_of(0.5, 0.5, 1e-6)
+# A quarter of the data's answers are wrong, no two alike. A careless one hardly ever occurs.
+QUARTER_WRONG = table_of(0.75, 1e-9, 0.25 / WRONG)
+# Here it is careless ones that make up the quarter: model and data share the habit.
+QUARTER_CARELESS = table_of(0.75, 0.25, 1e-6)
+
+
+def product_form(start, data, lam, t: int) -> torch.Tensor:
+    """p_θ0^a p_data^(1−a), normalised, with a = (1 − 1/λ)^t: p_θt after t exact iterations. (X, Y)
+
+    Theorem 5.4, t times: each multiplies the exponent of p_θ0 by 1 − 1/λ.
+    """
+    a = (1 - 1 / lam) ** t
+    return (a * start + (1 - a) * data).log_softmax(-1)
+
+
+def share_right(table) -> float:
+    """The probability of the right answer, averaged over the prompts of a table_of."""
+    return table.diagonal().exp().mean().item()
+
+
+def shares_right(start, data, lam, iterations: int = 12) -> list[float]:
+    """The share of right answers of p_θt for t = 0 … iterations, each trained to the optimum."""
+    return [share_right(product_form(start, data, lam, t)) for t in range(iterations + 1)]
+
+
 # ---- what is printed and drawn -------------------------------------------------------------------
 
 LABELS = ("λ = 0.1", "λ = 0.5", "λ = 0.7", "λ = 1.0", "λ = 2.0", "λ = 5.0", "SFT")
+STYLE_OF = dict(zip(LABELS, STYLES, strict=True))
+# Names of the last picture, which has none of those whose style they take.
+STYLE_OF |= {"λ = 20.0": STYLES[0], "λ = 1.0, SFT": STYLES[3], "data": STYLES[6]}
 
 
 def print_theorem_5_2(data, start):
@@ -267,18 +314,49 @@ def print_first_step(data, model):
         )
 
 
-def show(name: str, title: str, curves: dict[str, list[float]]):
-    """Print KL(p_data ‖ p_θt) over the iterations, and draw it into a file of this folder."""
-    print(f"KL(p_data ‖ p_θt) over the iterations, {title}")
+def show(name: str, title: str, curves: dict[str, list[float]], y_label: str, log: bool = True):
+    """Print curves over the iterations t = 0, 1, …, and draw them into a file of this folder."""
+    print(f"{title}, over the iterations")
     lines = []
     for label, values in curves.items():
-        print(f"  {label:8}", "  ".join(f"{v:.3g}" for v in values))
+        print(f"  {label:12}", "  ".join(f"{v:.3g}" for v in values))
         points = [(t, value, 0) for t, value in enumerate(values)]
-        lines.append(Line(label, points, *STYLES[LABELS.index(label)]))
-    svg = draw_lines(
-        f"KL divergence to the data, {title}", lines, "model", "KL to the data (nats)", log=True
-    )
+        lines.append(Line(label, points, *STYLE_OF[label]))
+    svg = draw_lines(title, lines, "model", y_label, log=log)
     (HERE / name).write_text(svg, encoding="utf-8")
+
+
+def show_distances(data, start):
+    """The distance to the data, trained to the optimum and for a few steps."""
+    kl_to_data = "KL divergence to the data"
+    y_label = "KL to the data (nats)"
+    # λ = 1 is at zero after one iteration: nothing to draw on a logarithmic axis.
+    optimum = {f"λ = {lam}": to_the_optimum(start, data, lam) for lam in (0.1, 0.5, 0.7, 2.0, 5.0)}
+    steps = {f"λ = {lam}": few_steps(0, data, lam) for lam in (0.1, 0.5, 1.0, 2.0, 5.0)}
+    steps["SFT"] = few_steps(0, data)
+    show("theory_optimum.svg", f"{kl_to_data}, trained to the optimum", optimum, y_label)
+    few = f"{kl_to_data}, trained for 20 steps an iteration"
+    show("theory_steps.svg", few, steps, y_label)
+
+
+def show_mistakes():
+    """The share of right answers where a quarter of the data is wrong, and the limits of that."""
+    iterations = 12
+    curves = {"data": [share_right(QUARTER_WRONG)] * (iterations + 1)}
+    # SFT's optimum is p_data too, where λ = 1 lands at once.
+    for label, lam in {"λ = 1.0, SFT": 1, "λ = 2.0": 2, "λ = 5.0": 5, "λ = 20.0": 20}.items():
+        curves[label] = shares_right(HALF_CARELESS, QUARTER_WRONG, lam, iterations)
+    title = "Share of right answers where a quarter of the data is wrong, trained to the optimum"
+    show("theory_mistakes.svg", title, curves, "share of right answers", log=False)
+
+    def row(start, data, lam):
+        return "  ".join(f"{share:.3g}" for share in shares_right(start, data, lam, 4))
+
+    print("The same, λ = 0.5:", row(HALF_CARELESS, QUARTER_WRONG, 0.5))
+    print("The same, λ = 5, the quarter careless:", row(HALF_CARELESS, QUARTER_CARELESS, 5.0))
+    print("The same, λ = 5, vetoes of 0:", row(table_of(0.5, 0.5, 0), QUARTER_WRONG, 5.0))
+    cooled = share_right((2 * QUARTER_WRONG).log_softmax(-1))
+    print(f"p_data at temperature 0.5: {cooled:.3g}")
 
 
 def main():
@@ -287,13 +365,8 @@ def main():
     print_theorem_5_2(data, start)
     print_theorem_5_4(data, start)
     print_first_step(data, transformer(0))
-
-    # λ = 1 is at zero after one iteration: nothing to draw on a logarithmic axis.
-    optimum = {f"λ = {lam}": to_the_optimum(start, data, lam) for lam in (0.1, 0.5, 0.7, 2.0, 5.0)}
-    steps = {f"λ = {lam}": few_steps(0, data, lam) for lam in (0.1, 0.5, 1.0, 2.0, 5.0)}
-    steps["SFT"] = few_steps(0, data)
-    show("theory_optimum.svg", "trained to the optimum", optimum)
-    show("theory_steps.svg", "trained for 20 steps an iteration", steps)
+    show_distances(data, start)
+    show_mistakes()
 
 
 if __name__ == "__main__":

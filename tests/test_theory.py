@@ -14,6 +14,9 @@ from conftest import REPO
 sys.path.insert(0, str(REPO / "demo"))
 from theory import (
     ELL_SLOPE,
+    HALF_CARELESS,
+    QUARTER_CARELESS,
+    QUARTER_WRONG,
     RESPONSES,
     best_response,
     expected_loss,
@@ -24,8 +27,12 @@ from theory import (
     gradient_noise,
     greedy,
     kl,
+    product_form,
     random_table,
     scores,
+    share_right,
+    shares_right,
+    table_of,
     tabulate,
     theorem_5_4,
     to_the_optimum,
@@ -299,7 +306,151 @@ def test_in_few_steps_a_small_lambda_overshoots_a_large_one_crawls_and_sft_is_ah
     assert sft[-1] < middle[-1] < large[-1] < large[0]
 
 
-# ---- 7: every ℓ ----
+# ---- 7: the product form, and data with mistakes ----
+
+
+def product(start, data, a) -> torch.Tensor:
+    """p_θ0^a p_data^(1−a) by powers of probabilities, normalised by a division; as logs. (X, Y)"""
+    powers = start.exp() ** a * data.exp() ** (1 - a)
+    return (powers / powers.sum(-1, keepdim=True)).log()
+
+
+@pytest.mark.parametrize("lam", [0.7, 1.0, 2.0, 5.0, 20.0])
+@pytest.mark.parametrize("start, data", [(START, DATA), (HALF_CARELESS, QUARTER_WRONG)])
+def test_t_exact_iterations_are_the_product_of_p_0_and_p_data_to_powers_that_add_up_to_1(
+    start, data, lam
+):
+    policy, a = start, 1.0
+    for t in range(1, 7):
+        policy, a = theorem_5_4(policy, data, lam), a * (1 - 1 / lam)
+        assert apart(policy, product(start, data, a)) < 1e-6
+        assert apart(policy, product_form(start, data, lam, t)) < 1e-6
+    # controls: wrong exponents. With λ = 1 all that vanish at t = 6 are right, and with λ = 2 the
+    # second is, as 1/λ is then 1 − 1/λ
+    wrong = [1 - 6 / lam, lam**-6.0, (1 - 1 / lam) ** 5, (1 - 1 / lam) ** 7, 1 - (1 - 1 / lam) ** 6]
+    errors = [apart(policy, product(start, data, exponent)) for exponent in wrong if exponent != a]
+    assert len(errors) >= 2 and min(errors) > 1e-3
+
+
+def train_by_adam(opponent, data, lam) -> torch.Tensor:
+    """2000 steps of Adam on L_SPIN(θ, θ_t), the logits of a table being θ. (X, Y)"""
+    logits = opponent.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        expected_loss(logits.log_softmax(-1), opponent, data, lam).backward()
+        optimizer.step()
+        schedule.step()
+    return logits.detach().log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "minimise, rare_wrong, rare_careless",
+    [(best_response, 1e-6, 1e-9), (train_by_adam, 1e-3, 1e-3)],
+    ids=["newton", "adam"],
+)
+def test_iterations_that_minimise_the_loss_follow_the_path_and_pass_the_data(
+    minimise, rare_wrong, rare_careless
+):
+    """Adam needs the rare answers to be less rare: their gradient is as small as their mass."""
+    lam = 5.0
+    start, data = table_of(0.5, 0.5, rare_wrong), table_of(0.75, rare_careless, 0.25 / 38)
+    policy = start
+    for t in range(1, 4):
+        policy = minimise(policy, data, lam)
+        assert apart(policy, product(start, data, 0.8**t)) < 1e-6
+        # controls: the opponent of the iteration before, another λ
+        assert apart(policy, product(start, data, 0.8 ** (t - 1))) > 1e-4
+        assert apart(policy, product(start, data, 0.75**t)) > 1e-4
+    assert share_right(policy) > share_right(data) + 0.05
+
+
+def test_the_share_of_right_answers_rises_above_both_ends_and_comes_back_to_the_datas():
+    ends = 0.5 / (1 + 38e-6), 0.75 / (1 + 1e-9)
+    for lam in (2.0, 5.0, 20.0):
+        shares = shares_right(HALF_CARELESS, QUARTER_WRONG, lam, 1000)
+        for t in range(13):  # the oracle: three kinds of answers, without logarithms
+            a = (1 - 1 / lam) ** t
+            right, careless, wrong = (
+                p**a * q ** (1 - a) for p, q in ((0.5, 0.75), (0.5, 1e-9), (1e-6, 0.25 / 38))
+            )
+            assert close(shares[t], right / (right + careless + 38 * wrong))
+        assert close(shares[0], ends[0]) and close(shares[-1], ends[1])
+        best = shares.index(max(shares))
+        assert shares[best] > 0.99
+        assert all(a <= b for a, b in itertools.pairwise(shares[: best + 1]))
+        assert all(a >= b - 1e-12 for a, b in itertools.pairwise(shares[best:]))
+    # λ = 1 is there at once
+    once = shares_right(HALF_CARELESS, QUARTER_WRONG, 1.0)
+    assert all(close(share, ends[1]) for share in once[1:])
+    # control: a mixture that adds the two, as training on both sets would, passes neither
+    for a in (0.1, 0.5, 0.9):
+        mixed = (a * HALF_CARELESS.exp() + (1 - a) * QUARTER_WRONG.exp()).log()
+        assert ends[0] < share_right(mixed) < ends[1]
+
+
+def test_the_optimum_of_sft_is_the_data_itself_mistakes_included():
+    def slope(table):
+        logits = table.clone().requires_grad_()
+        loss = expected_sft_loss(logits.log_softmax(-1), QUARTER_WRONG)  # convex in the logits
+        return torch.autograd.grad(loss, logits)[0].abs().max()
+
+    assert slope(QUARTER_WRONG) < 1e-12
+    right_only = table_of(1.0, 1e-9, 1e-9)
+    assert slope(HALF_CARELESS) > 1e-3 and slope(right_only) > 1e-3  # controls
+
+
+def test_a_lower_temperature_vetoes_scattered_mistakes_too_but_not_a_habit():
+    cooled = share_right((QUARTER_WRONG / 0.5).log_softmax(-1))
+    assert close(cooled, 0.75**2 / (0.75**2 + 38 * (0.25 / 38) ** 2)) and cooled > 0.99
+    # of the model's own habit it knows nothing
+    assert close(share_right((HALF_CARELESS / 0.5).log_softmax(-1)), 0.5)
+
+
+def test_a_habit_that_model_and_data_share_is_vetoed_by_neither():
+    right = share_right(QUARTER_CARELESS)
+    for lam in (1.0, 2.0, 5.0, 20.0):
+        shares = shares_right(HALF_CARELESS, QUARTER_CARELESS, lam)
+        assert all(a <= b + 1e-12 for a, b in itertools.pairwise(shares))
+        assert max(shares) < right + 1e-6
+        last = product_form(HALF_CARELESS, QUARTER_CARELESS, lam, 12)
+        assert last[:, -1].exp().min() > 0.25 - 1e-4
+    # control: one that is the model's alone goes
+    assert product_form(HALF_CARELESS, QUARTER_WRONG, 5.0, 3)[:, -1].exp().max() < 1e-3
+    assert max(shares_right(HALF_CARELESS, QUARTER_WRONG, 5.0)) > right + 0.2
+
+
+def test_a_probability_of_0_is_a_veto_for_ever():
+    never_wrong = table_of(0.5, 0.5, 0)
+    assert share_right(product_form(never_wrong, QUARTER_WRONG, 5.0, 100)) > 1 - 1e-6
+    never_right = table_of(0, 1, 1e-6)
+    assert max(shares_right(never_right, QUARTER_WRONG, 5.0)) == 0
+    # control: with some mass on all, the path ends at the data
+    hardly_right = table_of(1e-6, 1, 1e-6)
+    for start in (HALF_CARELESS, hardly_right):
+        assert close(share_right(product_form(start, QUARTER_WRONG, 5.0, 100)), 0.75)
+
+
+def test_with_lambda_below_1_an_iteration_goes_past_the_data_to_what_the_model_finds_implausible():
+    def between(policy, answer):
+        """Whether its probability, of prompt 0, lies between the opponent's and the data's."""
+        low, high = sorted([HALF_CARELESS[0, answer], QUARTER_WRONG[0, answer]])
+        return bool(low <= policy[0, answer] <= high)
+
+    for lam in (0.5, 0.9):
+        past = best_response(HALF_CARELESS, QUARTER_WRONG, lam)
+        assert apart(past, product_form(HALF_CARELESS, QUARTER_WRONG, lam, 1)) < 1e-6
+        assert past[0, 1] > QUARTER_WRONG[0, 1] > HALF_CARELESS[0, 1]  # wrong
+        assert past[0, -1] < QUARTER_WRONG[0, -1] < HALF_CARELESS[0, -1]  # careless
+        assert share_right(past) < share_right(QUARTER_WRONG) - 0.1
+        # control: λ > 1 stays between
+        short = product_form(HALF_CARELESS, QUARTER_WRONG, 1 / lam, 1)
+        for answer in (1, -1):
+            assert between(short, answer) and not between(past, answer)
+
+
+# ---- 8: every ℓ ----
 
 
 @pytest.mark.parametrize("ell", ELL)
