@@ -321,7 +321,7 @@ def show(name: str, title: str, curves: dict[str, list[float]], y_label: str, lo
     for label, values in curves.items():
         print(f"  {label:12}", "  ".join(f"{v:.3g}" for v in values))
         points = [(t, value, 0) for t, value in enumerate(values)]
-        lines.append(Line(label, points, *STYLE_OF[label]))
+        lines.append(Line(label, points, *STYLE_OF[label], marker="" if label == "data" else "o"))
     svg = draw_lines(title, lines, "model", y_label, log=log)
     (HERE / name).write_text(svg, encoding="utf-8")
 

@@ -14,6 +14,7 @@ PART = ("must be above 0 and at most 1", lambda v: 0 < v <= 1)
 BELOW_1 = ("must be at least 0 and below 1", lambda v: 0 <= v < 1)
 # divided by less, logits would overflow
 WARM = ("must be 0 (greedy) or at least 0.001", lambda v: v == 0 or v >= 1e-3)
+NOT_COLD = ("must be at least 0.001", lambda v: v >= 1e-3)
 LOSSES = ("logistic", "hinge", "correlation", "exponential")
 
 
@@ -44,7 +45,7 @@ class Recipe:
     eval_split: str = knob("test_sft", "split of --eval-data, if it is a hub id")
     eval_prompts: int = knob(500, "held-out prompts; our choice", POSITIVE)
     eval_temperature: float = knob(
-        0.6, "a second temperature of evaluate.py's expected exact match, beside 1", POSITIVE
+        0.6, "a second temperature of evaluate.py's expected exact match, beside 1", NOT_COLD
     )
     right_share: float = free(
         0.0, "share of right answers in --data where it is known: a line in the report", FRACTION

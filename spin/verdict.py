@@ -27,8 +27,10 @@ def last_of_both(summary: dict) -> int:
 
 def verdict(summary: dict, spin: list[dict], sft: list[dict]) -> str | None:
     """In words: which is ahead at θ_T, by how much, and the 95% interval over prompts.
-    spin, sft: the rows of by_prompt.jsonl of both θ_T. None where they are not the same prompts."""
-    if not spin or [row.get("id") for row in spin] != [row.get("id") for row in sft]:
+    spin, sft: the rows of by_prompt.jsonl of both θ_T. None where they are not whole, or not of the
+    same prompts."""
+    whole = all(row.keys() >= {"id", *COLUMNS} for row in spin + sft)
+    if not (spin and whole and [row["id"] for row in spin] == [row["id"] for row in sft]):
         return None
     tables = [np.array([[row[name] for name in COLUMNS] for row in rows]) for rows in (sft, spin)]
     key = leading_figure(summary)

@@ -342,7 +342,8 @@ KNOBS = knobs(f"""
 --warmup 1.5 | FLAG must be between
 --warmup nan; --top-p 0; --top-p 1.01; --temperature -1; --temperature inf | FLAG
 --temperature 1e-300 | FLAG must be 0
---num-prompts 0; --eval-prompts 0 | FLAG
+--num-prompts 0; --eval-prompts 0; --right-share 1.5; --right-share nan | FLAG
+--eval-temperature 0; --eval-temperature 1e-300; --eval-temperature inf | FLAG must be at least
 --max-new-tokens 64 | no room for a prompt
 --max-new-tokens 0; --micro-tokens 0; --mix 0; --clip 0; --clip inf; --seed -1; --seed 0.5 | FLAG
 --ell square; --objective dpo; --engine vllm; --dtype int8; --attention none; --alpha 1 | FLAG

@@ -195,6 +195,7 @@ def test_the_verdict_says_who_is_ahead_by_how_much_and_neither_where_the_interva
     # other prompts, or none: nothing is said
     assert verdict(exact, by_prompt(0.8, 1.0), by_prompt(0.6, 1.0, n=39)) is None
     assert verdict(exact, [], []) is None
+    assert verdict(exact, [{"id": 0}], [{"id": 0}]) is None
 
 
 @pytest.mark.parametrize("best, leads", [(0.0099, "nll_per_token"), (0.01, "expected_exact_match")])
