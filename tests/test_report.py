@@ -395,24 +395,34 @@ def test_no_stage_loads_matplotlib():
     assert done.stdout.splitlines() == ["False False", "True True"], done.stderr
 
 
-def test_the_ablations_pictures_and_table_are_those_of_their_figures(tmp_path):
+def test_the_ablations_pictures_and_tables_are_those_of_their_figures(tmp_path):
     shutil.copy(REPO / "benchmarks" / "ablations.jsonl", tmp_path)
     done = shell(sys.executable, "benchmarks/ablations.py", "--redraw", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    table = "| arm |" + done.stdout.split("| arm |")[1]
-    pages = [*REPO.glob("benchmarks/*.md"), *REPO.glob("docs/*.md")]
-    assert any(table in page.read_text() for page in pages)
+    printed = done.stdout.strip().split("\n\n")
+    results = (REPO / "benchmarks" / "RESULTS.md").read_text()
+    assert len(printed) == 6 and all(table in results for table in printed)
+    # a page of docs/ shows no row that was not printed
+    page = (REPO / "docs" / "ablations.md").read_text()
+    shown = [line for line in page.splitlines() if " ± " in line and line.startswith("|")]
+    assert len(shown) > 20 and set(shown) <= set(done.stdout.splitlines())
 
     def numbers(folder, name):
         text = (folder / f"ablation_{name}.svg").read_text()
         return [float(number) for number in re.findall(r"-?\d+\.\d+", text)]
 
-    for name in ("iterations", "epochs", "size"):
+    names = ("mistakes", "iterations", "saturated", "temperature", "epochs", "size")
+    for name in names:
         kept = numbers(REPO / "benchmarks", name)
         assert numbers(tmp_path, name) == pytest.approx(kept, abs=0.01)
-    (tmp_path / "ablations.jsonl").write_text(
-        (tmp_path / "ablations.jsonl").read_text().replace("0.923", "0.823")
-    )
-    shell(sys.executable, "benchmarks/ablations.py", "--redraw", "--out", tmp_path)
-    kept = numbers(REPO / "benchmarks", "iterations")
-    assert numbers(tmp_path, "iterations") != pytest.approx(kept, abs=0.01)  # control
+    # control: another figure of SPIN in the demo
+    rows = list(read_jsonl(tmp_path / "ablations.jsonl"))
+    for row in rows:
+        if (row["arm"], row["objective"]) == ("25", "spin"):
+            row["figures"][-1] -= 0.1
+    write_jsonl(tmp_path / "ablations.jsonl", rows)
+    other = shell(sys.executable, "benchmarks/ablations.py", "--redraw", "--out", tmp_path)
+    assert other.stdout.strip().split("\n\n")[0] not in results
+    for name in ("mistakes", "iterations"):
+        kept = numbers(REPO / "benchmarks", name)
+        assert numbers(tmp_path, name) != pytest.approx(kept, abs=0.01)
