@@ -86,10 +86,10 @@ def main(argv=None):
         save_recipe(recipe, args.run)
         write_whole(args.run / "heldout.json", seal)
         write_jsonl(out.with_name("answers.jsonl"), shown)
-        rows = [dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()]
-        ids = [{"id": pair["id"]} for pair in held_out.pairs]
-        named = [{**one, **row} for one, row in zip(ids, rows, strict=True)]
-        write_jsonl(out.with_name("by_prompt.jsonl"), named)
+        rows = []
+        for pair, figures in zip(held_out.pairs, table.tolist(), strict=True):
+            rows.append({"id": pair["id"], **dict(zip(COLUMNS, figures, strict=True))})
+        write_jsonl(out.with_name("by_prompt.jsonl"), rows)
     if out:  # last: it says that all is there
         write_json(out, {**result, "left_out": held_out.counts, "made_from": made_from}, indent=1)
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import make_demo
 
 from spin.files import read_jsonl, write_jsonl
-from spin.pictures import STYLES, Line, draw_lines
+from spin.pictures import STYLES, Line, draw_lines, level
 
 HERE = Path(__file__).resolve().parent
 KEY = "expected_exact_match"
@@ -57,7 +57,7 @@ class Arm:
 
 BOTH = ("spin", "sft")
 BASE = Arm("25", objectives=BOTH, shares=False)  # the demo itself
-# Long enough that more of it changes nothing.
+# Long enough that more of it does not help.
 SATURATED = Arm("saturate", "--epochs 32", iterations=1, objectives=("sft",), shares=False)
 FIRST = [BASE, SATURATED]
 LATER = [Arm(str(p), data=p, objectives=BOTH, shares=False) for p in SHARES if p != 25]
@@ -120,13 +120,13 @@ def play(arm: Arm, runs: Path, seed: int) -> list[dict]:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        rows = [row for objective in arm.objectives for row in iterate(arm, objective, run, flags)]
+        rows = [iterate(arm, objective, run, flags) for objective in arm.objectives]
         if arm == BASE:
             rows += by_temperature(run, flags)
     return [{"arm": arm.name, "seed": seed, **row} for row in rows]
 
 
-def iterate(arm: Arm, objective: str, run: Path, flags: list[str]):
+def iterate(arm: Arm, objective: str, run: Path, flags: list[str]) -> dict:
     """The figures of θ_0, θ_1, … of one objective, as the row of ablations.jsonl."""
     import evaluate
     import generate
@@ -141,12 +141,14 @@ def iterate(arm: Arm, objective: str, run: Path, flags: list[str]):
         train.main(common)
         evaluate.main(common)
         found.append(json.loads((parent / f"iter{t}" / "eval.json").read_text())[KEY])
-    yield {"objective": objective, "figures": found}
+    return {"objective": objective, "figures": found}
 
 
-def by_temperature(run: Path, flags: list[str]):
-    """The figures of θ_0 and of both θ_4 where tokens are sampled at TEMPERATURES."""
+def by_temperature(run: Path, flags: list[str]) -> list[dict]:
+    """The rows of θ_0 and of both θ_4: their figures where tokens are sampled at TEMPERATURES."""
     import evaluate
+
+    rows = []
 
     models = {"θ_0": "demo/theta0", "spin": run / "iter3/model", "sft": run / "sft/iter3/model"}
     for name, model in models.items():
@@ -156,7 +158,8 @@ def by_temperature(run: Path, flags: list[str]):
             more = ["--model", str(model), "--eval-temperature", str(temperature)]
             evaluate.main([*flags, *more, "--out", str(out)])
             found.append(json.loads(out.read_text())[f"{KEY}_cooler"])
-        yield {"objective": f"temperatures, {name}", "figures": found}
+        rows.append({"objective": f"temperatures, {name}", "figures": found})
+    return rows
 
 
 def run_all(runs: Path, seeds: list[int], workers: int) -> list[dict]:
@@ -174,21 +177,18 @@ def run_all(runs: Path, seeds: list[int], workers: int) -> list[dict]:
 # ---- showing -------------------------------------------------------------------------------------
 
 
-class Found:
-    """The figures of ablations.jsonl, as means over seeds with their standard errors."""
-
-    def __init__(self, rows: list[dict]):
-        self.by_arm = {}
-        for row in rows:
-            self.by_arm.setdefault((row["arm"], row["objective"]), []).append(row["figures"])
-
-    def of(self, arm: str, objective: str = "spin") -> list[tuple[float, float]]:
-        """(mean, standard error) of θ_0, θ_1, … (or of other figures of that name)."""
-        pairs = []
-        for values in zip(*self.by_arm[arm, objective], strict=True):
+def over_seeds(rows: list[dict]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """{(arm, objective): (mean, standard error) over the seeds of θ_0, θ_1, …}."""
+    by_arm = {}
+    for row in rows:
+        by_arm.setdefault((row["arm"], row["objective"]), []).append(row["figures"])
+    found = {}
+    for key, seeds in by_arm.items():
+        found[key] = []
+        for values in zip(*seeds, strict=True):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            pairs.append((statistics.mean(values), spread / len(values) ** 0.5))
-        return pairs
+            found[key].append((statistics.mean(values), spread / len(values) ** 0.5))
+    return found
 
 
 def line(label: str, xs, pairs, style: int) -> Line:
@@ -196,23 +196,18 @@ def line(label: str, xs, pairs, style: int) -> Line:
     return Line(label, [(x, *pair) for x, pair in zip(xs, pairs, strict=True)], *STYLES[style])
 
 
-def level(label: str, points: list[tuple[float, float]]) -> Line:
-    """A grey line without dots: what SFT's optimum reaches."""
-    return Line(label, [(x, y, 0) for x, y in points], *STYLES[-1], marker="")
-
-
 RIGHT = "right answers in the SFT set"
 
 
-def pictures(found: Found) -> dict[str, str]:
+def pictures(found: dict) -> dict[str, str]:
     """{name: SVG} of every picture."""
-    spin, sft = found.of("25"), found.of("25", "sft")
+    spin, sft = found["25", "spin"], found["25", "sft"]
     return {
         "mistakes": mistakes_picture(found),
         "iterations": iterations_picture(spin, sft, "Expected exact match by iteration"),
         "saturated": iterations_picture(
-            found.of("from saturated"),
-            found.of("from saturated", "sft"),
+            found["from saturated", "spin"],
+            found["from saturated", "sft"],
             "Expected exact match from a model that SFT has nothing more to give",
         ),
         "temperature": temperature_picture(found),
@@ -221,11 +216,11 @@ def pictures(found: Found) -> dict[str, str]:
     }
 
 
-def mistakes_picture(found: Found) -> str:
+def mistakes_picture(found: dict) -> str:
     """θ_4 by the share of wrong answers in the SFT set."""
     lines = [
-        line("SPIN, θ₄", SHARES, [found.of(str(p))[-1] for p in SHARES], 0),
-        line("continued SFT, θ₄", SHARES, [found.of(str(p), "sft")[-1] for p in SHARES], 1),
+        line("SPIN, θ₄", SHARES, [found[str(p), "spin"][-1] for p in SHARES], 0),
+        line("continued SFT, θ₄", SHARES, [found[str(p), "sft"][-1] for p in SHARES], 1),
         level(RIGHT, [(p, 1 - p / 100) for p in SHARES]),
     ]
     ticks = {share: f"{share}%" for share in SHARES}
@@ -234,7 +229,7 @@ def mistakes_picture(found: Found) -> str:
 
 
 def iterations_picture(spin, sft, title: str) -> str:
-    """By iteration, the counterpart of Figure 2."""
+    """By iteration, the counterpart of Figure 2. spin, sft: θ_0, θ_1, … of each."""
     models = range(len(spin))
     right = 1 - make_demo.MISTAKES
     lines = [
@@ -245,11 +240,11 @@ def iterations_picture(spin, sft, title: str) -> str:
     return draw_lines(title, lines, "model", AXIS)
 
 
-def temperature_picture(found: Found) -> str:
+def temperature_picture(found: dict) -> str:
     """θ_0 and both θ_4 by the temperature at which their tokens are sampled."""
     labels = {"spin": "SPIN, θ₄", "sft": "continued SFT, θ₄", "θ_0": "θ₀"}
     lines = [
-        line(label, TEMPERATURES, found.of("25", f"temperatures, {name}"), number)
+        line(label, TEMPERATURES, found["25", f"temperatures, {name}"], number)
         for number, (name, label) in enumerate(labels.items())
     ]
     ticks = {t: str(t) for t in TEMPERATURES}
@@ -257,11 +252,11 @@ def temperature_picture(found: Found) -> str:
     return draw_lines(title, lines, "temperature", AXIS, ticks=ticks)
 
 
-def epochs_picture(found: Found) -> str:
+def epochs_picture(found: dict) -> str:
     """By epochs, the counterpart of Figure 4."""
-    base = found.of("25")
+    base = found["25", "spin"]
     more = [base[0]]
-    more += [base[1] if e == 2 else found.of(f"SPIN, {e} epochs")[1] for e in EPOCHS]
+    more += [base[1] if e == 2 else found[f"SPIN, {e} epochs", "spin"][1] for e in EPOCHS]
     # Two epochs of iteration 0, then two of iteration 1 on twice as many pairs: the steps of six.
     lines = [
         line("iteration 0, more epochs", (0, *EPOCHS), more, 0),
@@ -272,11 +267,11 @@ def epochs_picture(found: Found) -> str:
     return draw_lines("Expected exact match by epochs", lines, x_label, AXIS, ticks=ticks)
 
 
-def size_picture(found: Found) -> str:
+def size_picture(found: dict) -> str:
     """By training size, the counterpart of Figure 5."""
-    begin = found.of("25")[0]
-    spin = [found.of(f"SPIN, {size} prompts")[1] for size in SIZES]
-    sft = [found.of(f"SFT, 3e-5, {epochs} epochs", "sft")[1] for epochs in (1, 2, 3)]
+    begin = found["25", "spin"][0]
+    spin = [found[f"SPIN, {size} prompts", "spin"][1] for size in SIZES]
+    sft = [found[f"SFT, 3e-5, {epochs} epochs", "sft"][1] for epochs in (1, 2, 3)]
     lines = [
         line("SPIN, one epoch", (0, *SIZES), [begin, *spin], 0),
         line("SFT, 1 to 3 epochs of all", (0, 2048, 4096, 6144), [begin, *sft], 1),
@@ -297,30 +292,30 @@ def table(head: list[str], rows: dict[str, list[tuple[float, float]]]):
     yield ""
 
 
-def tables(found: Found):
+def tables(found: dict):
     """All tables, line by line."""
     models = [f"θ_{t}" for t in range(7)]
     both = {"spin": "SPIN", "sft": "continued SFT"}
     rows = {}
     for arm, said in [*((str(p), f"{p}% wrong") for p in SHARES), (HABIT, "25% with one habit")]:
-        rows |= {f"{said}: {name}": found.of(arm, o)[1:] for o, name in both.items()}
+        rows |= {f"{said}: {name}": found[arm, o][1:] for o, name in both.items()}
     yield from table(["SFT set: trained by", *models[1:5]], rows)
     arm = "from saturated"
-    rows = {name: found.of(arm, objective) for objective, name in both.items()}
+    rows = {name: found[arm, objective] for objective, name in both.items()}
     yield from table(["from a θ_0 that SFT has saturated", *models], rows)
     names = {"θ_0": "θ_0", **{o: f"{name}, θ_4" for o, name in both.items()}}
-    rows = {name: found.of("25", f"temperatures, {o}") for o, name in names.items()}
+    rows = {name: found["25", f"temperatures, {o}"] for o, name in names.items()}
     yield from table(["sampled at temperature", *map(str, TEMPERATURES)], rows)
     rows = {}
     for rate in RATES:
-        rows[rate] = [found.of(f"SFT, {rate}, {e} epochs", "sft")[1] for e in SFT_EPOCHS]
+        rows[rate] = [found[f"SFT, {rate}, {e} epochs", "sft"][1] for e in SFT_EPOCHS]
     yield from table(["SFT: peak rate, epochs", *map(str, SFT_EPOCHS)], rows)
     knobs = [arm.name for arm in LATER if arm.name[:2] in ("λ ", "ℓ ", "y'")]
-    rows = {"none (λ = 5, logistic, y' at 1)": found.of("25")[1:]}
-    rows |= {name: found.of(name)[1:] for name in knobs}
+    rows = {"none (λ = 5, logistic, y' at 1)": found["25", "spin"][1:]}
+    rows |= {name: found[name, "spin"][1:] for name in knobs}
     yield from table(["change", *models[1:5]], rows)
     arms = [f"SPIN, {e} epochs" for e in EPOCHS if e != 2] + [f"SPIN, {n} prompts" for n in SIZES]
-    yield from table(["one iteration", "θ_1"], {name: found.of(name)[1:] for name in arms})
+    yield from table(["one iteration", "θ_1"], {name: found[name, "spin"][1:] for name in arms})
 
 
 def main():
@@ -337,7 +332,7 @@ def main():
         begun = time.perf_counter()
         write_jsonl(figures, run_all(args.runs, args.seeds, args.workers))
         print(f"{time.perf_counter() - begun:.0f} s with {args.workers} workers")
-    found = Found(list(read_jsonl(figures)))
+    found = over_seeds(list(read_jsonl(figures)))
     for name, svg in pictures(found).items():
         (args.out / f"ablation_{name}.svg").write_text(svg, encoding="utf-8")
     print("\n".join(tables(found)), end="")

@@ -36,6 +36,11 @@ class Line:
     marker: str = "o"  # "": no dots
 
 
+def level(label: str, points: list[tuple[float, float]]) -> Line:
+    """A grey line without dots, for something to compare with. points: x and value."""
+    return Line(label, [(x, value, 0) for x, value in points], *STYLES[-1], marker="")
+
+
 def draw_lines(
     title: str,
     lines: list[Line],
@@ -83,9 +88,8 @@ def add_line(axes, line: Line, dots: bool, name: str):
     """Draw a line, with its dots and error bars or alone."""
     x, values, errors = zip(*line.points, strict=True)
     (drawn,) = axes.plot(x, values, color=line.colour, linestyle=line.dash, label=line.label)
-    drawn.set(
-        linewidth=1.6 if dots else 1.1, marker=line.marker if dots else "", markersize=4, gid=name
-    )
+    drawn.set(linewidth=1.6 if dots else 1.1, markersize=4, gid=name)
+    drawn.set_marker(line.marker if dots else "")
     if any(errors):
         axes.errorbar(x, values, yerr=errors, fmt="none", ecolor=line.colour)
 

@@ -15,7 +15,7 @@ from spin import paper_tables
 from spin.damage import check_run_files
 from spin.files import fail, io_errors_in_one_line, read_json, write_json, write_whole
 from spin.flags import parse
-from spin.pictures import STYLES, Line, as_image, draw_lines
+from spin.pictures import STYLES, Line, as_image, draw_lines, level
 from spin.run import iteration_folder
 from spin.signs import signs_of_trouble, thinned
 from spin.verdict import NAMES, last_of_both, leading_figure, verdict
@@ -168,8 +168,7 @@ def chart(summary: dict, key: str, axis: str) -> dict:
     share = summary["recipe"].get("right_share")
     if share and key == "expected_exact_match":
         last = len(summary["spin"]) - 1
-        level = [(0, share, 0), (last, share, 0)]
-        lines.append(Line("right answers in the SFT set", level, *STYLES[-1], marker=""))
+        lines.append(level("right answers in the SFT set", [(0, share), (last, share)]))
     return as_image(draw_lines(axis, lines, "model", axis), lines)
 
 
