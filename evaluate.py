@@ -33,6 +33,7 @@ from spin.figures import figures_by_prompt, read_held_out, same_tokens
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl, write_whole
 from spin.flags import parse
 from spin.intervals import COLUMNS, summarise
+from spin.marks import write_marked
 from spin.models import refuse_what_cannot_be_trained
 from spin.run import hash_of_data, iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
@@ -52,6 +53,8 @@ def main(argv=None):
     recipe, args = parse(argv, __doc__, *FLAGS)
     check_flags(args)
     policy, opponent, t, out = whom_to_evaluate(recipe, args)
+    of_a_run = args.iter is not None or args.theta0
+    write = write_marked if of_a_run else write_whole
     asked = {"tasks": args.tasks, "limit": args.limit}
     if not args.tasks:
         asked["eval_data"] = hash_of_data(recipe.eval_data)
@@ -60,14 +63,16 @@ def main(argv=None):
         checks.same_result(out, made_from)
         return print(f"{out} is there already: nothing to do")
     if args.tasks:
-        return lm_harness.run_benchmarks(policy, recipe, args.tasks, args.limit, out, made_from)
+        result = lm_harness.run_benchmarks(policy, recipe, args.tasks, args.limit)
+        if out and result:  # rank 0's
+            write_json(out, {**result, "made_from": made_from}, indent=1, write=write)
+        return
 
     if args.theta0:  # the first stage of a run
         refuse_what_cannot_be_trained(policy, recipe)
     held_out = read_held_out(policy, recipe)
     if args.opponent and not same_tokens(held_out, read_held_out(opponent, recipe)):
         fail(f"{policy} and {opponent} have different tokenizers: they cannot play")
-    of_a_run = args.iter is not None or args.theta0
     if of_a_run:  # all its iterations are measured on the same prompts
         seal = checks.same_prompts(args.run / "heldout.json", held_out.pairs, recipe.eval_data)
 
@@ -84,14 +89,20 @@ def main(argv=None):
     print("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
     if of_a_run:
         save_recipe(recipe, args.run)
-        write_whole(args.run / "heldout.json", seal)
-        write_jsonl(out.with_name("answers.jsonl"), shown)
-        rows = []
-        for pair, figures in zip(held_out.pairs, table.tolist(), strict=True):
-            rows.append({"id": pair["id"], **dict(zip(COLUMNS, figures, strict=True))})
-        write_jsonl(out.with_name("by_prompt.jsonl"), rows)
+        write_marked(args.run / "heldout.json", seal)
+        write_by_prompt(out, held_out.pairs, table, shown)
     if out:  # last: it says that all is there
-        write_json(out, {**result, "left_out": held_out.counts, "made_from": made_from}, indent=1)
+        result |= {"left_out": held_out.counts, "made_from": made_from}
+        write_json(out, result, indent=1, write=write)
+
+
+def write_by_prompt(out, pairs, table, shown):
+    """Beside eval.json: the figures of each prompt, and the answers to a few."""
+    rows = []
+    for pair, figures in zip(pairs, table.tolist(), strict=True):
+        rows.append({"id": pair["id"], **dict(zip(COLUMNS, figures, strict=True))})
+    write_jsonl(out.with_name("by_prompt.jsonl"), rows, write=write_marked)
+    write_jsonl(out.with_name("answers.jsonl"), shown, write=write_marked)
 
 
 def check_flags(args):

@@ -16,19 +16,20 @@ ranks and restarts; spin/sampling.py says what may differ elsewhere.
 """
 
 import shutil
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from spin import checks, signs
 from spin.codec import load_codec
-from spin.damage import chunks_done
 from spin.distributed import barrier, next_chunk, process_group
-from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl, write_whole
+from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl
 from spin.flags import ITER, parse
+from spin.marks import is_whole, write_marked
 from spin.models import load_frozen, refuse_what_cannot_be_trained
 from spin.probe import probe
-from spin.run import hash_of_model, iteration_folder, save_recipe, starting_model
+from spin.run import iteration_folder, save_recipe, starting_model, sums_of
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select
 from spin.sources import read_rows
@@ -55,7 +56,7 @@ def main(argv=None):
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))
     chunks = [pairs[i : i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [parts_folder / f"{k:06}.jsonl" for k in range(len(chunks))]
-    done = chunks_done(parts, chunks, theta_t, recipe.revision)
+    write = partial(write_marked, made_from=sums_of(run, t))
 
     with process_group() as world:
         model = load_frozen(theta_t, recipe, world)
@@ -65,27 +66,26 @@ def main(argv=None):
         if world.rank == 0:
             print(f"theta_{t} ({theta_t}) answers {len(pairs)} prompts ({counts_line(left_out)})")
             save_recipe(recipe, run)
-            write_whole(run / "prompts.json", seal)
-            made_by = {"model": hash_of_model(theta_t, recipe.revision), "left_out": left_out}
-            write_json(out.with_suffix(".json"), made_by)
+            write_marked(run / "prompts.json", seal)
+            write_json(out.with_suffix(".json"), {"left_out": left_out})
 
         # a free rank takes the next chunk
         bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)
         for k in next_chunk(len(chunks)):
-            if k not in done:
-                write_jsonl(parts[k], answer(model, codec, chunks[k], recipe, t))
+            if not is_whole(parts[k]):  # else a run that was killed has answered it
+                write_jsonl(parts[k], answer(model, codec, chunks[k], recipe, t), write=write)
             bar.update(k + 1 - bar.n)  # chunks 0 … k are all taken, by this rank or another
         bar.close()
         barrier()
         if world.rank == 0:
-            merge(parts, out)
+            merge(parts, out, write)
             shutil.rmtree(parts_folder)
 
 
-def merge(parts, out):
+def merge(parts, out, write):
     """The chunks' rows, sorted by id, become generated.jsonl."""
     rows = [row for part in parts for row in read_jsonl(part)]
-    write_jsonl(out, sorted(rows, key=lambda row: row["id"]))
+    write_jsonl(out, sorted(rows, key=lambda row: row["id"]), write=write)
     print(f"{out}: {len(rows)} answers")
     signs.warn(signs.ended_alike(rows))
 

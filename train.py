@@ -34,6 +34,7 @@ from spin.distributed import (
     catch_sigterm,
     device_mesh,
     flags_of_all_ranks,
+    of_rank_0,
     process_group,
     sum_over_ranks,
 )
@@ -68,12 +69,12 @@ def main(argv=None):
     theta_t = starting_model(recipe, run, t, recipe.objective)
     codec = load_codec(theta_t, recipe)
     pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
-    iteration = Iteration(t, out, made_from(theta_t, pairs, recipe))
-    checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
     foreign = [hash_of_data(source) for source in args.pairs]
     knobs = recipe.at(t)  # lam, lr and mix are numbers from here on
 
     with process_group() as world:
+        iteration = Iteration(t, out, of_rank_0(made_from(theta_t, pairs, recipe)))
+        checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
         model, folder = load_empty(theta_t, recipe, world)
         shard(model, recipe, world)
         read_weights(model, folder, recipe, world)
@@ -221,7 +222,7 @@ def step_log(iteration, scores, recipe, done, steps, world):
     """Yields a function that logs a step: a line of metrics.jsonl, the progress bar, a warning."""
     path = iteration.folder / "metrics.jsonl"
     if world.rank == 0:
-        checkpoint.cut_metrics(path, done)
+        checkpoint.restore_metrics(iteration, done)
     name = f"{recipe.objective} {iteration.t}"
     bar = tqdm(desc=name, unit="step", initial=done, total=steps, disable=world.rank > 0)
     bar.leave = False  # it is not drawn again below the line that says what ended it

@@ -9,12 +9,14 @@ damage) its finished directory is taken, or one that was killed amid its trainin
 random kind comes at a random moment, at a random place; the same command is given again, and for
 damage to what another stage reads, that stage's. It must end with exit code 0 and the calm run's
 bytes (metrics.jsonl without its speeds; a log, or a file by which others are checked, may stay
-lost: GUARDS), or with exit code 2 and one line that names the damaged file or its folder.
+lost: GUARDS), or with exit code 2 and, besides progress bars and torchrun's own report, exactly one
+line on stderr, which names the damaged file or its folder.
 
 kill one rank, kill all    SIGKILL; with one rank the same. The job must be down within a minute
 SIGTERM                    to the command, as a machine that is taken away sends it. It must have
                            left within 30 s
 disk full                  a limit on the size of files (RLIMIT_FSIZE): one line, exit code 2
+flip                       one bit of a random file
 cut, cut at a line, remove a random file, at a random byte; behind a random line; whole
 """
 
@@ -43,10 +45,10 @@ MICRO = shlex.split(
     " --checkpoint-every 2 --eval-prompts 48"
 )
 STAGES = [("generate", 0), ("train", 0), ("generate", 1), ("train", 1), ("evaluate", 1)]
-DAMAGE = ["cut", "cut at a line", "remove"]
+DAMAGE = ["flip", "cut", "cut at a line", "remove"]
 KINDS = ["kill one rank", "kill all", "SIGTERM", "disk full", *DAMAGE]
 OF_AN_ITERATION = shlex.split(
-    "generated.json opponent.json opponent.jsonl metrics.jsonl files.json"
+    "generated.json opponent.json opponent.jsonl metrics.jsonl answers.jsonl model.json"
 )
 GUARDS = ["recipe.json", "prompts.json", "heldout.json"]
 GUARDS += [f"iter{t}/{name}" for t in (0, 1) for name in OF_AN_ITERATION]
@@ -90,20 +92,24 @@ def start(stage: str, t: int, run: Path, ranks: int, largest: int | None = None)
     )
 
 
-def finish(process, within: float = 300, calm: bool = True):
-    """(exit code, its lines that begin with error:, seconds).
-
-    Kills and gives up after `within` seconds. calm: no rank may leave a traceback."""
+def finish(process, within: float = 300):
+    """(exit code, the lines that it said, seconds). Kills and gives up after `within` seconds."""
     begun = time.perf_counter()
     try:
         err = process.communicate(timeout=within)[1]
     except subprocess.TimeoutExpired:
         kill(family(process.pid))
-        raise SystemExit(f"a command was still running after {within} s") from None
-    lines = re.findall(r"^error: .*", err, re.MULTILINE)
-    of_the_ranks = err.split("torch/distributed/elastic")[0]  # where torchrun's own report begins
-    assert not calm or "Traceback" not in of_the_ranks, err
-    return process.returncode, lines, time.perf_counter() - begun
+        raise AssertionError(f"a command was still running after {within} s") from None
+    return process.returncode, lines_of(err), time.perf_counter() - begun
+
+
+def lines_of(err: str) -> list[str]:
+    """What a command has said on stderr, without progress bars and torchrun's own report."""
+    err = err.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
+    lines = re.split("[\r\n]+", err)
+    torchrun = r"[WE]\d{4} .* torch/distributed/elastic/"
+    bar = r"[^|]*: +\d+%\|"
+    return [line for line in lines if line.strip() and not re.match(f"{torchrun}|{bar}", line)]
 
 
 def family(pid: int) -> list[int]:
@@ -148,8 +154,8 @@ def has_checkpoint(folder: Path) -> bool:
 
 def contents(run: Path) -> dict:
     """What must be the same: every file's bytes, but for speeds; work in progress left out."""
-    # the speeds of metrics.jsonl, and with them its size, in files.json
-    speed = re.compile(rb', "tokens_per_s": [^}]*|"metrics.jsonl": [0-9]+')
+    # the speeds of metrics.jsonl, and with them its checksum
+    speed = re.compile(rb', "tokens_per_s": [^}]*|[0-9a-f]{64}  metrics.jsonl')
     found = {}
     for path in sorted(run.rglob("*")):
         if path.is_file() and ".part" not in str(path) and "checkpoint" not in path.parts:
@@ -167,7 +173,7 @@ def run_calmly(root: Path, ranks: int) -> Calm:
         process = start(stage, t, run, ranks)
         wait_until(functools.partial(at_work, run / f"iter{t}", stage), process)
         begun = time.perf_counter()
-        assert finish(process)[0] == 0
+        assert finish(process)[:2] == (0, [])
         calm.seconds[stage, t] = time.perf_counter() - begun
         calm.kept[stage, t, "after"] = shutil.copytree(run, root / f"after-{stage}{t}")
     stopped = shutil.copytree(calm.kept["train", 1, "before"], root / "amid")
@@ -188,9 +194,10 @@ def disturb(kind: str, stage: str, t: int, run: Path, calm: Calm, chance: random
     new = sorted(contents(wanted).keys() - contents(run).keys())  # what it will write
     size = (wanted / chance.choice(new)).stat().st_size
     if kind == "disk full":
-        largest = int(size * chance.uniform(0.02, 0.95))
+        largest = max(1, int(size * chance.uniform(0.02, 0.95)))
         code, lines, _ = finish(start(stage, t, run, calm.ranks, largest))
-        assert code == exit_code(calm.ranks) and len(lines) == 1, (code, lines)
+        one = len(lines) == 1 and lines[0].startswith("error: ")
+        assert code == exit_code(calm.ranks) and one, (code, lines)
         return "when a file grew too large"
 
     # a random moment, now and then one before its work
@@ -207,7 +214,7 @@ def disturb(kind: str, stage: str, t: int, run: Path, calm: Calm, chance: random
     else:
         pids = family(process.pid)
         kill(pids[-1:] if kind == "kill one rank" else pids)
-    code, _, took = finish(process, 60, calm=False)
+    code, _, took = finish(process, 60)
     if kind == "SIGTERM" and not late:
         may_be = [0, 143, -15]  # 0: it was all but done
         if calm.ranks > 1:
@@ -232,8 +239,19 @@ def choose_damaged(stage: str, t: int, calm: Calm, chance: random.Random):
     return stage, t, source, "finished"
 
 
+def reader(damaged: Path, run: Path, stage: str, t: int) -> tuple[str, int]:
+    """The stage that is asked to find the damage, and its t: a model is read where something is to
+    be made from it, all else by every stage."""
+    if "model" not in damaged.parts or stage == "evaluate":
+        return stage, t
+    for name, result in (("generate", "generated.jsonl"), ("train", "model")):
+        if not (run / "iter1" / result).exists():
+            return name, 1
+    return "evaluate", 1
+
+
 def damage(kind: str, run: Path, chance: random.Random) -> Path:
-    """Cut or remove one of the files that the stage left; returns which."""
+    """Flip a bit of one of the files that the stage left, cut or remove it; returns which."""
     files = []
     for path in sorted(run.rglob("*")):
         whole = path.is_file() and path.stat().st_size > 1 and ".part" not in str(path)
@@ -243,6 +261,10 @@ def damage(kind: str, run: Path, chance: random.Random) -> Path:
     path = chance.choice(files)
     if kind == "remove":
         path.unlink()
+    elif kind == "flip":
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
     elif kind == "cut at a line":
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join(lines[: chance.randrange(len(lines))]))
@@ -257,7 +279,7 @@ def differences(run: Path, wanted: Path, damaged: Path | None) -> list[str]:
     there = contents(wanted)
     other = []
     for name in there:
-        lost_guard = name in GUARDS and damaged == run / name
+        lost_guard = damaged == run / name and (name in GUARDS or name.endswith(".sha256"))
         if here.get(name) != there[name] and not lost_guard:
             other.append(name)
     for path in run.rglob("*"):
@@ -268,12 +290,12 @@ def differences(run: Path, wanted: Path, damaged: Path | None) -> list[str]:
 
 def judge(code: int, lines: list[str], run: Path, wanted: Path, damaged, ranks: int) -> str:
     """How the command after the fault ended, in words."""
-    if code == 0:
+    if code == 0 and not lines:
         other = differences(run, wanted, damaged)
         return f"OTHER BYTES in {', '.join(other)}" if other else "the same bytes"
     said = "".join(lines)
     named = damaged and (str(damaged) in said or str(damaged.parent) in said)
-    if code == exit_code(ranks) and len(lines) == 1 and named:
+    if code == exit_code(ranks) and len(lines) == 1 and lines[0].startswith("error: ") and named:
         return f"refused: {lines[0].replace(str(run), 'RUN')}"
     return f"BROKEN: exit code {code}, {lines}"
 
@@ -284,15 +306,27 @@ def good(result: str) -> bool:
 
 
 def one_fault(number: int, chance: random.Random, calm: Calm, root: Path):
-    """One fault; returns its row of the table."""
+    """One fault; returns its row of the table, whatever comes of it."""
     kind = KINDS[number % len(KINDS)]
-    stage, t = STAGES[number % len(STAGES)]  # 5 of them and 7 kinds: 35 faults see every pair
+    stage, t = STAGES[number % len(STAGES)]  # 5 of them and 8 kinds: 40 faults see every pair
     run = root / f"fault{number}"
+    try:
+        stage, t, when, result = result_of(kind, stage, t, run, calm, chance)
+    except AssertionError as problem:
+        when, result = "amid it", f"BROKEN: {problem}"
+    if good(result):
+        shutil.rmtree(run)
+    return kind, stage, t, calm.ranks, when, result
+
+
+def result_of(kind: str, stage: str, t: int, run: Path, calm: Calm, chance: random.Random):
+    """Let the fault come and give the command after it: (stage, t, when it came, how it ended)."""
     damaged = None
     if kind in DAMAGE:
         stage, t, source, what = choose_damaged(stage, t, calm, chance)
         shutil.copytree(source, run)
         damaged = damage(kind, run, chance)
+        stage, t = reader(damaged, run, stage, t)
         when = f"{damaged.relative_to(run)}, {what}"
     else:
         shutil.copytree(calm.kept[stage, t, "before"], run)
@@ -305,9 +339,7 @@ def one_fault(number: int, chance: random.Random, calm: Calm, root: Path):
         again = int(damaged.parent.name[-1])
         code, lines, _ = finish(start("generate", again, run, calm.ranks))
     result = judge(code, lines, run, calm.kept[stage, t, "after"], damaged, calm.ranks)
-    if good(result):
-        shutil.rmtree(run)
-    return kind, stage, t, calm.ranks, when, result
+    return stage, t, when, result
 
 
 def print_faults(args, root: Path) -> list[tuple[str, str]]:
@@ -315,7 +347,7 @@ def print_faults(args, root: Path) -> list[tuple[str, str]]:
     calm = {ranks: run_calmly(root / f"ranks{ranks}", ranks) for ranks in set(args.ranks)}
 
     def fault(number):
-        ranks = args.ranks[number % len(args.ranks)]
+        ranks = args.ranks[number // len(KINDS) % len(args.ranks)]
         return one_fault(number, random.Random(f"{args.seed} {number}"), calm[ranks], root)
 
     results = []

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from spin import checks
 from spin.codec import load_codec
-from spin.damage import sampled_rows
+from spin.data import sampled_rows
 from spin.distributed import process_group
 from spin.flags import parse
 from spin.models import load_empty, read_weights

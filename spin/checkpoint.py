@@ -12,8 +12,9 @@ from torch.distributed.checkpoint import state_dict as states
 
 from spin.distributed import World, barrier, first_cause
 from spin.files import fail, read_json, read_jsonl, write_json, write_jsonl, write_whole
+from spin.marks import write_marked, write_marks
 from spin.models import second_names
-from spin.run import LOGS, Iteration, hash_of_model
+from spin.run import Iteration, model_files
 
 
 def read_scores(iteration: Iteration, pairs) -> torch.Tensor | None:
@@ -53,17 +54,24 @@ def write_scores(iteration: Iteration, pairs, scores: torch.Tensor, world: World
     for (t, id), (real, generated) in zip(named, scores.tolist(), strict=True):
         rows.append({"id": id, "iter": t, "logp_real": real, "logp_generated": generated})
     write_jsonl(path, rows)
-    write_json(path.with_suffix(".json"), iteration.made_from)
+    write_json(path.with_suffix(".json"), iteration.made_from, write=write_marked)
 
 
 def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: World):
-    """checkpoint/{step}, whole: sharded weights, optimizer, made_from. Then the older ones go."""
+    """checkpoint/{step}, whole: sharded weights, optimizer, made_from, metrics, checksums. Then the
+    older ones go."""
     folder = iteration.folder / "checkpoint"
     part = folder / f"{step}.part"
+    if world.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)  # of a kill, maybe with more ranks
     weights, moments = states.get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    mine = [path.name for path in part.glob(f"__{world.rank}_*")] + [".metadata"][world.rank :]
+    write_marks(part / f"{world.rank}.sha256", part, mine)
+    barrier()
     if world.rank == 0:
-        write_json(part / "made_from.json", iteration.made_from)
+        write_json(part / "made_from.json", iteration.made_from, write=write_marked)
+        write_marked(part / "metrics.jsonl", (iteration.folder / "metrics.jsonl").read_text())
         shutil.rmtree(folder / str(step), ignore_errors=True)
         part.rename(folder / str(step))
         for old in folder.iterdir():
@@ -103,21 +111,16 @@ def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
     return step
 
 
-def cut_metrics(path: Path, done: int):
-    """Keep the lines of metrics.jsonl whose steps the checkpoint holds: a kill may have left later
-    ones, or half of one. Refuses a file that has fewer."""
-    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() and done else []
-    if len(lines) < done or not "".join(lines[-1:]).endswith("\n" * bool(done)):
-        mend = "restore it, or delete the checkpoint to start this iteration anew"
-        steps = f"the {done} steps of {path.with_name('checkpoint')}"
-        fail(f"{path} is damaged, it has less than {steps}: {mend}")
-    write_whole(path, lines)
+def restore_metrics(iteration: Iteration, done: int):
+    """metrics.jsonl as in the checkpoint: a kill may have left later lines, or half of one."""
+    saved = iteration.folder / "checkpoint" / str(done) / "metrics.jsonl"
+    (iteration.folder / "metrics.sha256").unlink(missing_ok=True)  # it will change
+    write_whole(iteration.folder / "metrics.jsonl", saved.read_text() if done else "")
 
 
 def export(model, tokenizer, folder: Path, pairs: list[str], world: World):
     """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
-    files.json beside it: the model's hash, the foreign pairs that it was made from, and sizes of
-    all that training leaves, by which spin/checks.py tells damage."""
+    model.json beside it: the foreign pairs that it was made from; model.sha256: its checksums."""
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = states.get_model_state_dict(model, options=options)
     for second in second_names(model):
@@ -132,15 +135,12 @@ def export(model, tokenizer, folder: Path, pairs: list[str], world: World):
             tokenizer.save_pretrained(part, save_jinja_files=not several)
         except Exception as problem:  # Rust's OSError is none
             raise OSError(problem) from None
-        sizes = {}
-        for path in sorted(path for path in part.rglob("*") if path.is_file()):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # before the checkpoint goes
-            sizes[f"{folder.name}/{path.relative_to(part)}"] = path.stat().st_size
-        for log in map(folder.with_name, LOGS):
-            if log.exists():
-                sizes[log.name] = log.stat().st_size
-        marks = {"hash": hash_of_model(str(part), ""), "pairs": pairs, **sizes}
-        write_json(folder.with_name("files.json"), marks, indent=1)
+        for path in part.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())  # before the checkpoint goes
+        write_json(folder.with_suffix(".json"), {"pairs": pairs})
+        write_marks(folder.with_name("metrics.sha256"), folder.parent, ["metrics.jsonl"])
+        write_marks(folder.with_suffix(".sha256"), part, model_files(part))
         part.rename(folder)
     barrier()

@@ -1,8 +1,6 @@
 """Every refusal of a damaged, foreign or missing file of a run: one call a stage, one a step.
 A stage calls before_…() first; what it refuses ends in one line that says how to mend it, exit code
-2, and nothing is written. A finished file that was cut off, lost or swapped since is told by the
-number of its lines, by its size (files.json), by the header of safetensors, or by a hash of the
-model that made it (recipe.json, generated.json). docs/troubleshooting.md lists the messages.
+2, and nothing is written. docs/troubleshooting.md lists the messages.
 
 run_iterations.sh asks, before anything else:
     python -m spin.checks --recipe demo      prints run directory, iterations, baseline"""
@@ -13,12 +11,22 @@ import os
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from spin.codec import load_codec
-from spin.damage import check_run_files, check_weights, sampled_rows
-from spin.files import fail, io_errors_in_one_line, locate, read_json, read_jsonl
+from spin.data import sampled_rows
+from spin.files import AGAIN, fail, io_errors_in_one_line, locate, read_json, weight_files
 from spin.flags import parse
+from spin.marks import LOOKS, check_run_files, check_sums, marks
 from spin.recipe import Recipe, fixed_knobs
-from spin.run import answers_of, hash_of_data, hash_of_model, iteration_folder, starting_model
+from spin.run import (
+    answers_of,
+    hash_of_data,
+    iteration_folder,
+    model_files,
+    starting_model,
+    sums_of,
+)
 
 RESTORE = "restore it, or choose another --run"
 
@@ -26,10 +34,7 @@ RESTORE = "restore it, or choose another --run"
 def before_generating(recipe: Recipe, run: Path, t: int):
     """The run is whole and this recipe's; its answers of iteration t, or else θ_t, are there."""
     run_directory(recipe, run)
-    answers = iteration_folder(run, t) / "generated.jsonl"
-    if answers.exists():
-        same_prompts(run / "prompts.json", read_jsonl(answers), answers)
-    else:
+    if not (iteration_folder(run, t) / "generated.jsonl").exists():
         theta(recipe, run, t)
 
 
@@ -40,18 +45,14 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str])
     if (folder / "model").is_dir():
         return same_pairs(folder, foreign_pairs)
     start = theta(recipe, run, t, recipe.objective)
+    for listed in (folder / "checkpoint").glob("*[0-9]/*.sha256"):
+        mend = f"delete {folder / 'checkpoint'} to start this iteration anew"
+        check_sums(listed.parent, listed, marks(listed), mend)
     if foreign_pairs:
         return
-    hash_of_start = hash_of_model(start, recipe.revision)
-    sampled = iteration_folder(run, t) / "generated.json"
-    made_by = read_json(sampled, RESTORE).get("model", hash_of_start)
-    if recipe.objective == "spin" and made_by != hash_of_start:
-        mend = f"delete it and {sampled} and run generate.py again"
-        fail(f"{sampled}l was sampled from another theta_{t} than {start}: {mend}")
     codec = load_codec(start, recipe)
     for s, path in answers_of(recipe, run, t):
-        rows = sampled_rows(path, s, codec)
-        same_prompts(run / "prompts.json", rows, path)
+        same_prompts(run / "prompts.json", sampled_rows(path, s, codec), path)
 
 
 def before_evaluating(recipe: Recipe, run: Path, t: int | None):
@@ -109,10 +110,8 @@ def run_directory(recipe: Recipe, run: Path):
     if not path.exists():
         return
     saved = read_json(path, RESTORE)
-    unknown = (set(saved) ^ set(vars(recipe))) - {"theta_0"}
-    if unknown:
-        knobs = ", ".join(sorted(unknown))
-        fail(f"{path} was written by another version (knobs {knobs}); choose another --run")
+    if unknown := ", ".join(sorted(set(saved) ^ set(vars(recipe)))):
+        fail(f"{path} was written by another version (knobs {unknown}); choose another --run")
     asked = {name: value for name, value in fixed_knobs(recipe).items() if saved[name] != value}
     other = [f"{name}: {saved[name]!r} there, {value!r} asked" for name, value in asked.items()]
     if other:
@@ -123,23 +122,20 @@ def run_directory(recipe: Recipe, run: Path):
 def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
     """Where θ_t lies; refuses one that is missing, damaged, or not the run's own θ_0."""
     name = starting_model(recipe, run, t, objective)
-    if t > 0 and not Path(name).is_dir():
-        sft = " --objective sft" if objective == "sft" else ""
-        maker = f"train.py --iter {t - 1}{sft}"
+    folder = Path(name)
+    maker = f"train.py --iter {t - 1}" + " --objective sft" * (objective == "sft")
+    if t > 0 and not folder.is_dir():
         fail(f"theta_{t} is missing: {name} is made by {maker}, which has not finished")
-    model_folder(name)
-    if t > 0:
-        made = read_json(Path(name).with_name("files.json"), RESTORE).get("hash")
-    else:
-        made = read_json(run / "recipe.json", RESTORE).get("theta_0")
-    if made not in (None, hash_of_model(name, recipe.revision)):
-        maker = f"that {run} began with" if t == 0 else "that train.py wrote"
-        fail(f"weights, tokenizer or chat template in {name} are not those {maker}: {RESTORE}")
-    return name
+    listed = sums_of(run, t, objective)
+    if listed.exists():
+        mend = f"restore it, or delete {name} and run {maker} again" if t else RESTORE
+        check_sums(folder, listed, {*marks(listed), *model_files(folder)}, mend)
+    return model_folder(name)
 
 
-def model_folder(name: str) -> str:
-    """A model's folder or hub id; refuses a folder that holds no whole transformers model."""
+def model_folder(name: str, weights: bool = True) -> str:
+    """A model's folder or hub id; refuses a folder that holds no transformers model, or weights cut
+    off by a copy."""
     name = locate(name)
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -147,13 +143,17 @@ def model_folder(name: str) -> str:
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         wanted = f"a transformers folder or a hub id such as {Recipe.model}"
         fail(f"no model at {name}: --model wants {wanted}")
-    check_weights(folder)
+    for path in weight_files(folder) if weights else ():
+        try:
+            safe_open(path, "np")  # imports numpy, which run_iterations.sh need not wait for
+        except (SafetensorError, OSError) as problem:
+            fail(f"{path} is damaged ({problem}): {AGAIN}")
     return name
 
 
 def same_pairs(folder: Path, foreign_pairs: list[str]):
     """Refuse a finished iteration that was trained on other pairs."""
-    made_from = read_json(folder / "files.json", RESTORE).get("pairs", [])
+    made_from = read_json(folder / "model.json", RESTORE).get("pairs", [])
     if made_from != [hash_of_data(source) for source in foreign_pairs]:
         mend = "give the same --pairs, or none if it was none, or another --run"
         fail(f"{folder / 'model'} was made from other pairs: {mend}")
@@ -165,7 +165,7 @@ def same_result(out: Path, made_from: dict, record: Path | None = None):
     found = read_json(record or out, "delete it").get("made_from")
     known = found if isinstance(found, dict) else {}
     other = [name for name in made_from if known.get(name, ()) != made_from[name]]
-    if other:
+    if other and LOOKS:
         mend = "delete it, or give another --out"
         fail(f"{out} is there already, made with another {', '.join(other)}: {mend}")
 
@@ -173,14 +173,12 @@ def same_result(out: Path, made_from: dict, record: Path | None = None):
 def same_prompts(path: Path, pairs, source) -> str:
     """The text of RUN/prompts.json: number and hash of the prompts and human answers in source.
     Refuses pairs of others than the file there holds."""
-    hashes = []
-    for pair in pairs:
-        text = json.dumps([pair.get(name) for name in ("id", "system", "prompt", "real")])
-        hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()))
-    total = sum(hashes) % 2**256  # a sum, so that the order does not matter
-    mine = json.dumps({"prompts": len(hashes), "sha256": f"{total:064x}"}) + "\n"
+    facts = [[pair.get(name) for name in ("id", "system", "prompt", "real")] for pair in pairs]
+    text = "".join(sorted(map(json.dumps, facts)))  # sorted, so that their order does not matter
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    mine = json.dumps({"prompts": len(facts), "sha256": sha256}) + "\n"
     if path.exists() and path.read_bytes() != mine.encode():
-        other = f"{len(hashes)} pairs in {source} that are not those of {path}"
+        other = f"{len(facts)} pairs in {source} that are not those of {path}"
         fail(f"{other}: it has changed since the run began; {RESTORE}")
     return mine
 
@@ -189,7 +187,7 @@ def same_prompts(path: Path, pairs, source) -> str:
 def main(argv=None):
     recipe, args = parse(argv, __doc__)
     run_directory(recipe, args.run)
-    model_folder(recipe.model)
+    model_folder(recipe.model, weights=False)
     for model in args.run.glob("**/iter*/model"):  # the loop's own have no --pairs
         same_pairs(model.parent, [])
     print(args.run, recipe.iterations, int(recipe.sft_baseline), sep="\t")

@@ -3,8 +3,9 @@ row has them "system" and "generated". A row that is no pair is Unusable, with t
 that belongs to the prompt is dropped."""
 
 import re
+from pathlib import Path
 
-from spin.files import fail
+from spin.files import fail, read_jsonl
 
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= {"user": "user", "human": "user", "prompter": "user"}
@@ -190,3 +191,30 @@ def pair_of_turns(asked: list, real: list, generated: list | None = None) -> dic
         pair["later_rounds"] = True
     system = {"system": "\n".join(systems)} if systems else {}
     return {"prompt": rest[0][1], **pair, **system}
+
+
+def sampled_rows(path: Path, t: int, codec):
+    """The rows of an iteration's generated.jsonl, one by one; refuses any that is not of it."""
+    if not path.exists():
+        fail(f"{path} is missing: run generate.py --iter {t} first")
+    for number, row in enumerate(read_jsonl(path), 1):
+        where = f"{path}, line {number}"
+        try:
+            to_pair(row, where)
+        except Unusable as problem:
+            fail(f"{where}: {problem}")
+        if type(row.get("id")) is not int or row.get("iter") != t:
+            found = f"id {row.get('id')!r} of iteration {row.get('iter')!r}"
+            fail(f"{where}: {found} in the file of iteration {t}")
+        check_ids(row, where, codec)
+        yield row
+
+
+def check_ids(row: dict, where: str, codec):
+    """Refuse generated_ids that this model cannot have sampled, or that do not fit their finish."""
+    ids = row.get("generated_ids")
+    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < codec.vocabulary for i in ids)
+    if not known or not ids:
+        fail(f"{where}: generated_ids are not token ids of this model")
+    if (ids[-1] == codec.end) != (row.get("finish") == "eos"):
+        fail(f"{where}: finish {row.get('finish')!r} does not fit the ids: of another tokenizer")

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -48,6 +49,7 @@ def process_group():
     except RuntimeError as problem:  # gloo's, whose type says no more; nccl lets torchrun end us
         if "onnection closed by peer" not in str(problem):
             raise
+        time.sleep(10)  # if it was of this node, torchrun ends this one before, without a word
         raise SystemExit(f"rank {rank}: another rank has left, see its message") from None
     finally:
         dist.destroy_process_group()
@@ -97,6 +99,12 @@ def flags_of_all_ranks(flags: list[bool], world: World) -> torch.Tensor:
     table = torch.zeros(len(flags), world.size)
     table[:, world.rank] = torch.tensor(flags)
     return sum_over_ranks(table).bool()
+
+
+def of_rank_0(value):
+    """Rank 0's value, such as a checksum that the others have not computed, on all ranks."""
+    dist.broadcast_object_list(values := [value])
+    return values[0]
 
 
 def device_mesh(replicas: int, world: World):

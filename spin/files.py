@@ -19,7 +19,7 @@ def fail(message: str):
     if int(os.environ.get("RANK", 0)) != 0:
         # torchrun ends all ranks by SIGTERM when one has left; rank 0 should get its line out first
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
+        time.sleep(30)
     line = " ".join(str(message).split())
     line = line if len(line) < 1000 else line[:1000] + " …"
     print("error: " + line, file=sys.stderr, flush=True)
@@ -47,24 +47,23 @@ def io_errors_in_one_line(main):
 
 
 def write_whole(path: Path, text):
-    """Write a file whole or not at all: a .part file, renamed when it is on disk.
-    text: a string, or an iterable of strings that are written one by one."""
+    """Write a file whole or not at all: a .part file, renamed when it is on disk."""
     part = Path(f"{path}.part")
     with open(part, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
 
 
-def write_json(path: Path, value, indent: int | None = None):
+def write_json(path: Path, value, indent: int | None = None, write=write_whole):
     """Write one value as JSON, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=indent) + "\n")
+    write(path, json.dumps(value, indent=indent) + "\n")
 
 
-def write_jsonl(path: Path, rows):
+def write_jsonl(path: Path, rows, write=write_whole):
     """Write rows as JSONL, whole or not at all."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_jsonl(path: Path, row: dict):

@@ -13,15 +13,15 @@ from transformers import AutoConfig
 
 from spin import distributed
 from spin.codec import load_codec
-from spin.files import REPOSITORY, fail, write_json
+from spin.files import REPOSITORY, fail
 from spin.models import load_frozen
 from spin.paper_tables import DIFFERS, TABLES, beside_the_paper, text_table
 
 INSTALL = "pip install 'lm_eval[hf]==0.4.13'"
 
 
-def run_benchmarks(policy: str, recipe, asked: list[str], limit, out: Path | None, made_from: dict):
-    """Print lm_eval's figures of the model beside the paper's, and write them to out."""
+def run_benchmarks(policy: str, recipe, asked: list[str], limit) -> dict | None:
+    """Print lm_eval's figures of the model beside the paper's; rank 0 returns them."""
     codec = load_codec(policy, recipe)
     manager, benchmarks = load_benchmarks(asked, count_positions(policy, recipe))
     with distributed.process_group() as world:
@@ -35,10 +35,7 @@ def run_benchmarks(policy: str, recipe, asked: list[str], limit, out: Path | Non
             print(*text_table(*table), DIFFERS, sep="\n")
     if limit:
         print(f"--limit {limit}: a quick look, not the benchmark")
-    if out:
-        write_json(
-            out, {"model": policy, "limit": limit, "tasks": found, "made_from": made_from}, indent=1
-        )
+    return {"model": policy, "limit": limit, "tasks": found}
 
 
 def import_lm_eval():

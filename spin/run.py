@@ -8,12 +8,12 @@ from pathlib import Path
 
 from spin.files import locate, weight_files, write_json
 from spin.flags import as_text
+from spin.marks import LOOKS, sha256, write_marked, write_marks
 from spin.recipe import Recipe, fixed_knobs
 
-LOGS = ("metrics.jsonl", "opponent.jsonl")  # of a finished iteration: only pictures use them
-# what a text's tokens, and a model's scores, depend on besides its weights
-TEXT_FILES = "config.json *token* *.jinja additional_chat_templates/*.jinja chat_template.json"
-TEXT_FILES += " *vocab* merges.txt *.model *.spm *.codes tekken.json emoji.json"
+# what of a model's folder is read besides its weights
+TEXT_FILES = "*config.json *.index.json *token* *vocab* merges.txt *.model *.spm *.codes"
+TEXT_FILES += " *.jinja */*.jinja chat_template.json tekken.json emoji.json"
 SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
 
 
@@ -45,37 +45,42 @@ def answers_of(recipe: Recipe, run: Path, t: int) -> list[tuple[int, Path]]:
     return [(s, iteration_folder(run, s) / "generated.jsonl") for s in range(first, t + 1)]
 
 
-def hash_of_model(name: str, revision: str) -> str:
-    """A hash of weights, config, tokenizer and chat template, by which a run knows its models.
-    Two trainings of one model differ in the last megabyte of a file; hashing all 29 GB of a 7B
-    model on every rank would cost minutes. A hub model is known by its name and revision."""
-    if not Path(name).is_dir():
-        return f"{name}@{revision}"
-    digest = hashlib.sha256()
+def sums_of(run: Path, t: int, objective: str = "spin") -> Path:
+    """The list of the checksums of θ_t's files."""
+    folder = iteration_folder(run, t - 1, objective)
+    return folder / "model.sha256" if t else run / "theta_0.sha256"
+
+
+def model_files(folder: Path) -> list[str]:
+    """The names of all that is read of a model's folder."""
+    texts = [path for pattern in TEXT_FILES.split() for path in folder.glob(pattern)]
+    files = {path for path in (*texts, *weight_files(folder)) if path.is_file()}
+    return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def hash_of(files) -> str:
+    """One hash of the contents of files."""
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def hash_of_model(name: str, revision: str) -> str | None:
+    """A hash of all that is read of a model, by which a run knows its models; a hub model is known
+    by its name and revision. None on the ranks that leave checksums to another of their node."""
     folder = Path(name)
-    texts = {path for pattern in TEXT_FILES.split() for path in folder.glob(pattern)}
-    for path in sorted(path for path in texts if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    for path in weight_files(folder):
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
+    if not folder.is_dir():
+        return f"{name}@{revision}"
+    return hash_of(folder / file for file in model_files(folder)) if LOOKS else None
 
 
 def hash_of_data(source: str) -> str:
     """A hash of a set's files, by which a result knows what it was made from; a set on the hub is
     known by its name. source: as for sources.read_rows."""
     names = [source] if Path(locate(source)).exists() else source.split(",")
-    digest = hashlib.sha256()
-    for path in map(Path, map(locate, names)):
-        if not path.exists():
-            return source
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                with open(file, "rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+    paths = [Path(locate(name)) for name in names]
+    if not all(path.exists() for path in paths):
+        return source
+    files = [file for path in paths for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+    return hash_of(files)
 
 
 def may_write_date(name: str) -> bool:
@@ -102,12 +107,13 @@ def made_by(recipe: Recipe, policy: str, opponent: str | None, asked=None) -> di
 
 
 def save_recipe(recipe: Recipe, run: Path):
-    """Print and write recipe.json, once: every knob as resolved, and a hash of θ_0's weights."""
+    """Print and write recipe.json, once: every knob as resolved; before it, θ_0's checksums."""
     path = run / "recipe.json"
     if path.exists():
         return
     for f in dataclasses.fields(recipe):
         print(f"{f.name:18}{as_text(getattr(recipe, f.name))}")
     run.mkdir(parents=True, exist_ok=True)
-    theta_0 = hash_of_model(locate(recipe.model), recipe.revision)
-    write_json(path, {**vars(recipe), "theta_0": theta_0}, indent=1)
+    theta_0 = Path(locate(recipe.model))
+    write_marks(run / "theta_0.sha256", theta_0, model_files(theta_0))
+    write_json(path, vars(recipe), indent=1, write=write_marked)

@@ -7,8 +7,7 @@ import json
 
 import numpy as np
 
-from spin.damage import check_ids
-from spin.data import SHAPES, TEXTS, Unusable, to_pair
+from spin.data import SHAPES, TEXTS, Unusable, check_ids, to_pair
 from spin.files import fail
 from spin.sources import read_rows
 from spin.tokens import holds_special, parses_specials, split_ids

@@ -9,20 +9,22 @@ the result that they must give.
 import dataclasses
 import hashlib
 import json
+import logging
+import os
 import re
 import shlex
 import shutil
 import sys
 import time
+import warnings
 
 import datasets
 import pytest
 import torch
-from conftest import MICRO, REPO, THETA0, shell, stage, torchrun
+from conftest import MICRO, REPO, THETA0, as_in_a_shell, shell, stage, torchrun
 from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -35,8 +37,9 @@ from transformers import (
     RobertaPreLayerNormForCausalLM,
 )
 
-from spin.files import read_jsonl, write_jsonl
+from spin.files import fail, read_jsonl, write_jsonl
 from spin.flags import flag
+from spin.marks import write_marks
 from spin.recipe import Recipe
 
 NOUNS = ("tin", "kola", "bel", "amu", "rodak")
@@ -136,6 +139,17 @@ def eos_beyond(folder):
 
 def keep_lines(name, number):
     return rewrite(name, lambda old: b"".join(old.splitlines(keepends=True)[:number]))
+
+
+def unlisted(change):
+    """The same where the checksums were lost: what is told without them."""
+
+    def change_more(folder):
+        for listed in folder.rglob("*.sha256"):
+            listed.unlink()
+        change(folder)
+
+    return change_more
 
 
 def edit_rows(change):
@@ -273,28 +287,14 @@ def swapped(change):
     return lay_out
 
 
-def chunks_of_another(tmp, played):
-    """A killed generate.py left a chunk, and θ_1 was trained anew since."""
-    run = tmp / "run"
-    shutil.copytree(played, run)
+def another_theta_1(run):
+    """θ_1 was trained anew, with other bytes, after iteration 1 had its answers."""
     shutil.rmtree(run / "iter1" / "model")
-    shutil.copytree(played / "iter1" / "model", run / "iter0" / "model", dirs_exist_ok=True)
-    (run / "iter0" / "files.json").unlink()
-    # chunks hold the longest prompts first
-    tokenizer = AutoTokenizer.from_pretrained(THETA0)
-    rows = list(read_jsonl(run / "iter1" / "generated.jsonl"))
-    rows.sort(key=lambda row: (-len(tokenizer(row["prompt"])["input_ids"]), row["id"]))
-    (run / "iter1" / "generated.jsonl").unlink()
-    (run / "iter1" / "generated.part").mkdir()
-    write_jsonl(run / "iter1" / "generated.part" / "000000.jsonl", rows[:16])
-    return "generate", run, ["--iter", 1]
-
-
-def chunk_of_nothing_known(tmp, played):
-    part = tmp / "run" / "iter0" / "generated.part"
-    part.mkdir(parents=True)
-    (part / "000000.jsonl").write_text('{"id": 1}\n')
-    return "generate", tmp / "run", ["--iter", 0]
+    shutil.copytree(run / "iter0" / "model", run / "other")
+    weights(lambda w: w[UP].mul_(1.01))(run / "other")
+    shutil.rmtree(run / "iter0" / "model")
+    (run / "other").rename(run / "iter0" / "model")
+    write_marks(run / "iter0" / "model.sha256", run / "iter0" / "model", [SAFETENSORS])
 
 
 def run_is_a_file(tmp, played):
@@ -510,7 +510,7 @@ CHANGED_MODELS = {
     "code from a model's folder": (MINE, "cannot load the tokenizer"),
     "weights that are not there": (remove(SAFETENSORS), "cannot load the model"),
     "weights that are pickled": (pickled, "cannot load the model"),
-    "weights of 50 bytes of nothing": (write(SAFETENSORS, "x" * 50), "header cannot be read"),
+    "weights of 50 bytes of nothing": (write(SAFETENSORS, "x" * 50), "deserializing header"),
     "weights that were cut off": (cut(SAFETENSORS), "model.safetensors is damaged"),
     "weights with something behind": (
         rewrite(SAFETENSORS, lambda old: old + b"xy"),
@@ -528,7 +528,7 @@ CHANGED_MODELS = {
         "train",
     ),
     "a weight that is NaN": (weights(lambda w: w[UP].fill_(float("nan"))), "NaN or infinity"),
-    "a shard of the weights missing": (sharded, "model-2.safetensors is missing, or empty"),
+    "a shard of the weights missing": (sharded, "model-2.safetensors is damaged (No such file"),
     "rotary angles that move": (
         config(rope_parameters=MOVING),
         "beyond 32 positions this model's rotary angles (longrope) change",
@@ -628,79 +628,89 @@ RUNS = {
     ),
     "of another theta_0 in the same place": (
         swapped(weights(lambda w: w[UP].mul_(1.01))),
-        "are not those that",
+        "model/model.safetensors is damaged, or was changed, by its checksum in",
     ),
     "of another tokenizer in the same place": (
         swapped(rewrite("tokenizer.json", lambda old: old + b" ")),
-        "are not those that",
+        "model/tokenizer.json is damaged, or was changed, by its checksum in",
+    ),
+    "of a theta_0 that got a chat template": (
+        swapped(write("chat_template.jinja", TURNS)),
+        "model/chat_template.jinja is damaged, or was changed, by its checksum in",
     ),
     "of a newer version": (
-        run(edit("recipe.json", new_knob=1)),
+        run(unlisted(edit("recipe.json", new_knob=1))),
         "another version (knobs new_knob)",
     ),
-    "half a recipe.json": (run(cut("recipe.json", 30)), "recipe.json is damaged"),
-    "a recipe.json that is a list": (run(write("recipe.json", "[]")), "recipe.json is damaged"),
+    "half a recipe.json": (run(cut("recipe.json", 30)), "recipe.json is damaged, or was"),
+    "half a recipe.json, unlisted": (
+        run(unlisted(cut("recipe.json", 30))),
+        "recipe.json is damaged (",
+    ),
+    "a recipe.json that is a list": (
+        run(unlisted(write("recipe.json", "[]"))),
+        "recipe.json is damaged (",
+    ),
     "half a prompts.json": (
         run(rewrite("prompts.json", lambda old: old[:6] + b"\xff")),
-        "prompts.json is damaged",
+        "prompts.json is damaged, or was",
     ),
     "a run that is a file": (run_is_a_file, "is a file"),
     "training before generating": (command("train", "--iter", "0"), "generate.py --iter 0"),
     "generated.jsonl cut off": (
         run(cut("iter0/generated.jsonl")),
-        "iter0/generated.jsonl is missing, or damaged: it has 40 lines",
+        "iter0/generated.jsonl is damaged, or was changed, by its checksum in",
     ),
     "generated.jsonl cut off, and generated again": (
         run(cut("iter1/generated.jsonl", 99), "generate"),
-        "delete it and run generate.py",
+        "iter1/generated.* to have what is needed made again",
     ),
     "weights of an iteration cut off": (
-        run(cut("iter0/model/model.safetensors"), "generate"),
-        "model.safetensors is missing, or damaged",
+        run(cut("iter0/model/model.safetensors"), "evaluate"),
+        "run train.py --iter 0 again",
+    ),
+    "weights of an iteration cut off, unlisted": (
+        run(unlisted(cut("iter0/model/model.safetensors")), "evaluate"),
+        "model.safetensors is damaged (",
     ),
     "an iteration's tokenizer lost": (
-        run(remove("iter0/model/tokenizer.json")),
-        "tokenizer.json is missing, or damaged",
+        run(remove("iter0/model/tokenizer.json"), "evaluate"),
+        "tokenizer.json is missing, by its checksum in",
     ),
     "metrics.jsonl cut at a line": (
         run(cut("iter1/metrics.jsonl", 300)),
-        "metrics.jsonl is missing, or damaged",
+        "metrics.jsonl is damaged, or was",
     ),
-    "half an opponent.json": (untrained(cut("opponent.json", 9)), "opponent.json is damaged"),
+    "half an opponent.json": (untrained(cut("opponent.json", 9)), "opponent.json is damaged, or"),
+    "half an opponent.json, unlisted": (
+        untrained(unlisted(cut("opponent.json", 9))),
+        "opponent.json is damaged (",
+    ),
     "half a generated.json": (
         run(cut("iter1/generated.json", 9), "generate"),
-        "generated.json is damaged",
+        "generated.json is damaged, or was",
     ),
-    "half a heldout.json": (run(cut("heldout.json", 9), "evaluate"), "heldout.json is damaged"),
+    "half a heldout.json": (run(cut("heldout.json", 9), "evaluate"), "heldout.json is damaged, or"),
     "answers of another model": (
-        untrained(write("generated.json", '{"model": "0123"}')),
-        "was sampled from another theta_1",
+        run(another_theta_1),
+        "iter0/model.sha256 is damaged, or was changed, by its checksum in",
     ),
-    "chunks of another model": (chunks_of_another, "are not known to be those of"),
     "other held-out prompts": (held_out, "not those of"),
-    "half an eval.json": (
-        run(cut("iter1/eval.json", 9), "evaluate"),
-        "delete it and run evaluate.py",
-    ),
-    "answers.jsonl lost": (
-        run(remove("answers.jsonl"), "evaluate"),
-        "answers.jsonl is missing, or damaged: it has 0 lines of 6",
-    ),
+    "half an eval.json": (run(cut("iter1/eval.json", 9), "evaluate"), "eval.json is damaged, or"),
     "answers.jsonl cut at a line": (
         run(keep_lines("iter0/answers.jsonl", 4)),
-        "it has 4 lines of 6",
+        "answers.jsonl is damaged, or was",
     ),
     "opponent.jsonl cut off before training": (
         untrained(cut("opponent.jsonl")),
-        "opponent.jsonl is missing, or damaged: it has 80 lines of 80",
+        "opponent.jsonl is damaged, or was",
     ),
-    "a chunk of another run": (chunk_of_nothing_known, "000000.jsonl"),
 }
 
 # rows of generated.jsonl that cannot be this run's
 FOREIGN_ROWS = {
     "another iteration": (set_in(0, iter=1), "iteration 1"),
-    "a row twice": (lambda rows: rows.append(rows[0]), "41 lines of 40"),
+    "a row twice": (lambda rows: rows.append(rows[0]), "41 pairs in"),
     "no ids": (lambda rows: rows[0].pop("generated_ids"), "generated_ids"),
     "another end": (set_in(3, finish="length"), "tokenizer"),
     "ids too large": (set_in(0, generated_ids=[10**6]), "token ids"),
@@ -709,8 +719,8 @@ FOREIGN_ROWS = {
     "ids that are not numbers": (set_in(0, generated_ids=[True, 2]), "token ids"),
     "a null": (set_in(0, real=None), "line 1"),
     "an id that is a list": (set_in(0, id=[1]), "id [1]"),
-    "a row less": (lambda rows: rows.pop(), "39 lines of 40"),
-    "no rows": (lambda rows: rows.clear(), "0 lines of 40"),
+    "a row less": (lambda rows: rows.pop(), "39 pairs in"),
+    "no rows": (lambda rows: rows.clear(), "0 pairs in"),
     "an id twice": (same_id, "not those of"),
     "another prompt": (set_in(0, prompt="zzz 0"), "not those of"),
 }
@@ -718,11 +728,11 @@ PAIRS = {
     **{f"generated.jsonl: {name}": (pairs(c), word) for name, (c, word) in FOREIGN_ROWS.items()},
     "an id twice, and no prompts.json to tell": (pairs(same_id, False), "occurs twice"),
     "an iteration of another SFT set": (
-        untrained(edit_rows(set_in(5, prompt="?"))),
+        untrained(unlisted(edit_rows(set_in(5, prompt="?")))),
         "not those of",
     ),
     "an iteration of other human answers": (
-        untrained(edit_rows(set_in(5, real="?"))),
+        untrained(unlisted(edit_rows(set_in(5, real="?")))),
         "not those of",
     ),
 }
@@ -733,6 +743,7 @@ LOADS = (
     "weights that are p",
     "a weight",
     "a model that counts",
+    "half an opponent.json, unlisted",
 )  # nothing less would tell
 
 
@@ -754,7 +765,7 @@ LISTED = listed_messages()
 
 @pytest.mark.parametrize("name", TABLE)
 def test_bad_input_is_one_line_with_exit_code_2_and_changes_nothing(
-    name, tmp_path, played, refused, monkeypatch
+    name, tmp_path, tmp_path_factory, played, monkeypatch
 ):
     lay_out, word = TABLE[name]
     script, folder, flags = lay_out(tmp_path, played)
@@ -763,11 +774,27 @@ def test_bad_input_is_one_line_with_exit_code_2_and_changes_nothing(
         loaders = "generate.load_frozen", "spin.figures.load_frozen", "train.load_empty"
         for function in (*loaders, "spin.models.load_whole"):
             monkeypatch.setattr(function, lambda *args: pytest.fail("weights were loaded"))
-    line = refused(lambda: stage(script, folder, *flags))
+    shown = tmp_path_factory.mktemp("shell") / "stderr"
+    code, err = as_in_a_shell(lambda: stage(script, folder, *flags), shown)
+    assert code == 2 and re.fullmatch(r"\n?error: [^\n]*\n", err), err
+    line = err.strip()
     assert word in line and len(line) < 1100, line
     listed = any(re.fullmatch("error: " + pattern, line) for pattern in LISTED)
     assert listed, f"docs/troubleshooting.md does not list: {line}"
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda: logging.getLogger("torch.distributed.checkpoint").warning("newly initialized"),
+        lambda: warnings.warn("newly initialized", stacklevel=1),
+        lambda: os.write(2, b"newly initialized\n"),  # as libraries in C++ do
+    ],
+)
+def test_control_words_of_libraries_before_the_line_are_seen(say, tmp_path):
+    code, err = as_in_a_shell(lambda: (say(), fail("no")), tmp_path / "stderr")
+    assert code == 2 and "newly initialized" in err and err.endswith("error: no\n")
 
 
 def test_the_table_holds_every_knob():

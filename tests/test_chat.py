@@ -27,7 +27,7 @@ from transformers.utils import chat_template_utils
 
 from spin import checkpoint, flags
 from spin.codec import load_codec, make_codec
-from spin.damage import check_ids
+from spin.data import check_ids
 from spin.files import read_jsonl
 from spin.run import save_recipe
 from spin.selection import select

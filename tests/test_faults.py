@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,92 @@ def test_two_random_faults_end_with_the_same_bytes_or_a_named_refusal():
 def test_ten_random_faults_end_with_the_same_bytes_or_a_named_refusal():
     """The long form, 60 of them with one rank and two, is the script's default."""
     assert "10 faults, 0 that ended in any other way" in random_faults(10)
+
+
+# ---- bits that rot -------------------------------------------------------------------------------
+
+CHECKPOINT = "run/iter1/checkpoint/12"
+# the kind of file -> where it lies, what stands before the byte whose lowest bit is flipped
+# (nothing: the middle of the file), the stage that reads it
+ROT = {
+    "theta_0's weights": ("theta/model.safetensors", None, "evaluate 0"),
+    "theta_0's tokenizer": ("theta/tokenizer.json", rb'"vocab": {\s*"<', "evaluate 0"),
+    "weights": ("run/iter0/model/model.safetensors", None, "generate 1"),
+    "a tokenizer": ("run/iter0/model/tokenizer.json", rb'"model": {\s*"', "train 1"),
+    "a chat template": ("run/iter0/model/chat_template.jinja", rb"m\.role }}", "train 1"),
+    "a model's config": ("run/iter0/model/config.json", rb'rms_norm_eps": \d', "train 1"),
+    "answers": ("run/iter1/generated.jsonl", rb'"generated_ids": \[\d', "train 1"),
+    "the answers before": ("run/iter0/generated.jsonl", rb'"generated_ids": \[\d', "train 1"),
+    "the opponent's scores": ("run/iter1/opponent.jsonl", rb"logp_real\S+ -\d\.", "train 1"),
+    "a checkpoint's weights": (f"{CHECKPOINT}/__0_0.distcp", None, "train 1"),
+    "a checkpoint's index": (f"{CHECKPOINT}/.metadata", None, "train 1"),
+    "a checkpoint's metrics": (f"{CHECKPOINT}/metrics.jsonl", rb'"loss": \d\.', "train 1"),
+    "a recipe": ("run/recipe.json", rb'"chunk": ', "train 1"),
+    "prompts": ("run/prompts.json", rb'"prompts": ', "generate 1"),
+    "figures": ("run/iter0/eval.json", rb'"margin": \d\.', "report"),
+    "answers to look at": ("run/iter0/answers.jsonl", rb'"real": "', "report"),
+    "metrics": ("run/iter0/metrics.jsonl", rb'"loss": \d\.', "report"),
+}
+# what nothing else would tell
+UNSEEN = ["weights", "answers", "the opponent's scores", "a checkpoint's metrics", "figures"]
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """A folder with a θ_0 that has a chat template, and a run of it that was killed at the end of
+    iteration 1; for reading only."""
+    folder = tmp_path_factory.mktemp("rot")
+    shutil.copytree(THETA0, folder / "theta")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    (folder / "theta" / "chat_template.jinja").write_text(template)
+    flags = ["--model", folder / "theta"]
+    with pytest.MonkeyPatch.context() as patch:
+        stage("evaluate", folder / "run", "--theta0", *flags)
+        for name in ("generate 0", "train 0", "evaluate 0", "generate 1"):
+            call(name, folder / "run", flags)
+        train_up_to_the_export(folder / "run", 1, patch, *flags)
+    return folder
+
+
+def call(name, run, flags):
+    """A stage and its iteration in one word, or the report."""
+    if name == "report":
+        return report.main([*MICRO, "--run", str(run), *map(str, flags)])
+    name, t = name.split()
+    stage(name, run, "--iter", t, *flags)
+
+
+def flip(path, before=None):
+    """Flip the lowest bit of a byte: of the one behind a pattern, or of that in the middle."""
+    content = bytearray(path.read_bytes())
+    content[re.search(before, content).end() if before else len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ROT)
+def test_a_flipped_bit_in_each_kind_of_file_that_is_read_again_is_refused_by_name(
+    kind, unfinished, tmp_path, refused
+):
+    name, before, reader = ROT[kind]
+    run = tmp_path / "run"
+    shutil.copytree(unfinished / "run", run)
+    for made in run.glob("iter1/generated.*") if reader == "generate 1" else ():
+        made.unlink()
+    path = (unfinished if name.startswith("theta") else tmp_path) / name
+    good = path.read_bytes()
+    try:
+        flip(path, before)
+        line = refused(lambda: call(reader, run, ["--model", unfinished / "theta"]))
+        assert f"{path} is damaged, or was changed, by its checksum in " in line
+        assert "restore it, or" in line or "delete" in line
+        if kind in UNSEEN:  # the control: without checksums it is read
+            for listed in run.rglob("*.sha256"):
+                listed.unlink()
+            if kind == "answers":  # of which a checkpoint knows the hash
+                shutil.rmtree(run / "iter1" / "checkpoint")
+            call(reader, run, ["--model", unfinished / "theta"])
+    finally:
+        (unfinished / name).write_bytes(good)  # θ_0's, which is not a copy
 
 
 # ---- a machine that is taken away, a disk that is full, a rank that dies -------------------------
@@ -154,13 +241,14 @@ def test_without_its_logs_a_finished_iteration_is_whole_and_a_damaged_one_is_nam
 ):
     run = tmp_path / "run"
     shutil.copytree(played, run)
-    for name in ("metrics.jsonl", "opponent.jsonl", "opponent.json", "generated.json"):
+    for name in ("metrics.jsonl", "opponent.jsonl", "opponent.json", "answers.jsonl"):
         (run / "iter0" / name).unlink()
+    (run / "iter0" / "generated.json").unlink()
     stage("generate", run, "--iter", 2)  # for which nothing of them is wanted
     report.main([*MICRO, "--run", str(run)])
     os.truncate(run / "iter1" / "metrics.jsonl", 900)
     line = refused(lambda: stage("generate", run, "--iter", 3))
-    assert "restore or delete it, it is but a log" in line
+    assert f"or delete {run / 'iter1' / 'metrics.*'}" in line
     (run / "iter1" / "metrics.jsonl").unlink()  # as told
     report.main([*MICRO, "--run", str(run)])
 
@@ -201,7 +289,63 @@ train.main()""")
     assert not (run / "iter0" / "model").exists()
 
 
-def train_up_to_the_export(run, t, monkeypatch):
+def two_nodes(script, run):
+    """Two torchrun agents on this machine, as two nodes with a shared disk: (exit code, stderr)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"--master_addr 127.0.0.1 --master_port {free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *where.split()]
+    flags = ["--nproc_per_node", "1", "--", str(script), *MICRO, "--run", str(run), "--iter", "0"]
+    nodes = []
+    for rank in ("0", "1"):
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        node = [*command, "--node_rank", rank, *flags]
+        nodes.append(subprocess.Popen(node, cwd=REPO, env=user_environment(), **pipes))
+    errors = [node.communicate(timeout=280)[1] for node in nodes]
+    return [node.returncode for node in nodes], errors
+
+
+@pytest.fixture(scope="module")
+def calm_nodes(played, tmp_path_factory):
+    """Iteration 0 as two nodes train it that nobody disturbs; for reading only."""
+    run = fresh(played, tmp_path_factory.mktemp("nodes") / "run")
+    assert two_nodes("train.py", run)[0] == [0, 0]
+    return run / "iter0"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("moment", ["dcp.FileSystemWriter.write_data", "write_marks"])
+def test_a_node_lost_while_it_writes_a_checkpoint_leaves_the_one_before_for_both(
+    moment, lost, calm_nodes, played, tmp_path
+):
+    run = fresh(played, tmp_path / "run")
+    script = tmp_path / "lost.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
+import os, signal, torch, train
+from spin import checkpoint
+real, calls = checkpoint.{moment}, []
+def dies(*args, **keywords):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "{lost}":  # of the second checkpoint
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **keywords)
+checkpoint.{moment} = dies
+train.main()""")
+    codes, errors = two_nodes(script, run)
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] not in (0, -signal.SIGKILL), errors
+    checkpoints = run / "iter0" / "checkpoint"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "4.part"]
+    before = metrics(checkpoints / "2")
+    assert two_nodes("train.py", run)[0] == [0, 0]
+    assert weights(run / "iter0") == weights(calm_nodes)
+    after = metrics(run / "iter0")
+    assert [row["step"] for row in after] == [row["step"] for row in metrics(calm_nodes)]
+    assert len(before) == 2 and after[:2] == before  # speeds included: these were not taken again
+
+
+def train_up_to_the_export(run, t, monkeypatch, *flags):
     """Train iteration t and end as if by Ctrl-C, before the model is written."""
 
     def interrupt(*args):
@@ -210,33 +354,31 @@ def train_up_to_the_export(run, t, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "export", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            stage("train", run, "--iter", t)
+            stage("train", run, "--iter", t, *flags)
 
 
-@pytest.mark.parametrize(
-    "name, word",
-    [
-        ("made_from.json", "made_from.json is damaged"),
-        (".metadata", "is damaged"),
-        ("__0_0.distcp", "is damaged"),
-        ("metrics.jsonl", "it has less than the 12 steps"),
-    ],
-)
-@pytest.mark.parametrize("how", ["cut", "remove"])
+@pytest.mark.parametrize("name", ["made_from.json", ".metadata", "__0_0.distcp", "metrics.jsonl"])
+@pytest.mark.parametrize("how", ["cut", "remove", "cut, unlisted", "remove, unlisted"])
 def test_a_damaged_checkpoint_is_refused_and_without_it_the_iteration_ends_with_the_same_bytes(
-    name, word, how, played, tmp_path, monkeypatch, refused
+    name, how, played, tmp_path, monkeypatch, refused
 ):
     run = fresh(played, tmp_path, (0, 1))
     train_up_to_the_export(run, 1, monkeypatch)
     folder = run / "iter1" / "checkpoint"
-    path = run / "iter1" / name if name == "metrics.jsonl" else folder / "12" / name
-    if how == "cut":
+    path = folder / "12" / name
+    if how.startswith("cut"):
         os.truncate(path, path.stat().st_size // 2)
     else:
         path.unlink()
+    for listed in folder.rglob("*.sha256") if "unlisted" in how else ():
+        listed.unlink()
+    if name == "metrics.jsonl" and how == "cut, unlisted":
+        return  # whole lines may have gone: nothing tells
     line = refused(lambda: stage("train", run, "--iter", 1))
-    assert word in line or how == "remove" and "belongs to other pairs" in line
-    assert "delete" in line
+    if "unlisted" not in how:
+        found = "damaged, or was changed" if how == "cut" else "missing"
+        assert f"{path} is {found}, by its checksum in " in line
+    assert "delete" in line or "mend that" in line
     shutil.rmtree(folder)
     stage("train", run, "--iter", 1)
     assert weights(run / "iter1") == weights(played / "iter1")

@@ -14,7 +14,7 @@ import generate
 from loss import sequence_logps
 from spin import distributed
 from spin.codec import make_codec
-from spin.damage import sampled_rows
+from spin.data import sampled_rows
 from spin.files import read_jsonl
 from spin.models import compute_dtype
 from spin.packing import pack
@@ -98,11 +98,49 @@ def test_running_again_does_nothing_and_says_so(played, capsys):
     assert (played / "iter0" / "generated.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_part_of_another_run_is_refused(played, tmp_path, refused):
-    part = tmp_path / "iter0" / "generated.part" / "000000.jsonl"
-    part.parent.mkdir(parents=True)
-    part.write_text('{"id": 1}\n')
-    assert "000000.jsonl" in refused(lambda: stage("generate", tmp_path, "--iter", 0))
+def killed_after_a_chunk(run, monkeypatch, *flags):
+    """generate.py, killed when it has written one chunk of three. Returns this chunk."""
+    calls = []
+    answer = generate.answer
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return answer(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "answer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage("generate", run, "--iter", 1, *flags)
+    return run / "iter1" / "generated.part" / "000000.jsonl"
+
+
+@pytest.mark.parametrize("how", ["whole", "damaged", "unlisted", "of another model"])
+def test_a_chunk_of_a_killed_run_is_kept_if_it_is_whole_and_this_models_and_else_answered_again(
+    how, played, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(played, run)
+    for path in run.glob("iter1/generated.*"):
+        path.unlink()
+    chunk = killed_after_a_chunk(run, monkeypatch)
+    text = chunk.read_text()
+    if how == "damaged":
+        chunk.write_text(text.replace('"finish": "eos"', '"finish": "eot"', 1))
+    elif how == "unlisted":
+        chunk.with_suffix(".sha256").unlink()
+    elif how == "of another model":
+        shutil.rmtree(run / "iter0" / "model")
+        shutil.copytree(played / "iter1" / "model", run / "iter0" / "model")
+        shutil.copy(played / "iter1" / "model.sha256", run / "iter0" / "model.sha256")
+    answer = generate.answer
+    answered = []
+    watched = lambda *args: answered.append(1) or answer(*args)  # noqa: E731 – a line is enough
+    monkeypatch.setattr(generate, "answer", watched)
+    stage("generate", run, "--iter", 1)
+    assert len(answered) == (2 if how == "whole" else 3)
+    assert (generated(run, 1) == generated(played, 1)) == (how != "of another model")
 
 
 def test_ids_end_with_eos_exactly_when_the_answer_ended_by_itself(played, tokenizer):

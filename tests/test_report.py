@@ -286,7 +286,7 @@ def test_a_report_of_prompts_and_answers_full_of_markup_shows_them_as_text(playe
     """Every text in every file of the run is poisoned, whatever the page shows of them."""
     run, calm = tmp_path / "<script>alert(0)<", tmp_path / "calm"
     for folder in (run, calm):
-        shutil.copytree(played, folder, ignore=shutil.ignore_patterns("model"))
+        shutil.copytree(played, folder, ignore=shutil.ignore_patterns("model", "*.sha256"))
     for path in run.rglob("*.json*"):
         if path.suffix == ".jsonl":
             write_jsonl(path, [poisoned(row) for row in read_jsonl(path)])
@@ -337,7 +337,7 @@ def test_the_same_run_gives_the_same_page(played, tmp_path):
     assert pages[0] == pages[1]
     rows = list(read_jsonl(run / "iter1" / "metrics.jsonl"))
     write_jsonl(run / "iter1" / "metrics.jsonl", [{**row, "loss": 9.0} for row in rows])
-    (run / "iter1" / "files.json").unlink()
+    (run / "iter1" / "metrics.sha256").unlink()
     report.main([*MICRO, "--run", str(run)])
     assert (run / "report.html").read_bytes() != pages[0]  # control
 

@@ -332,7 +332,8 @@ def test_the_opponents_scores_are_used_again_for_the_same_model_and_pairs_only(
 
     def again(*flags):
         shutil.rmtree(run / "iter0" / "model", ignore_errors=True)
-        (run / "recipe.json").unlink(missing_ok=True)
+        for name in ("recipe.json", "theta_0.sha256"):  # or another θ_0 would be refused
+            (run / name).unlink(missing_ok=True)
         calls.clear()
         stage("train", run, "--iter", 0, *flags)
         return len(calls)
