@@ -28,12 +28,12 @@ left_out, made_from     rows of the set that were left out, by reason; hashes of
 from pathlib import Path
 
 from spin import checks, lm_harness
+from spin.checksums import write_listed
 from spin.distributed import process_group
 from spin.figures import figures_by_prompt, read_held_out, same_tokens
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl, write_whole
 from spin.flags import parse
 from spin.intervals import COLUMNS, summarise
-from spin.marks import write_marked
 from spin.models import refuse_what_cannot_be_trained
 from spin.run import hash_of_data, iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
@@ -54,7 +54,7 @@ def main(argv=None):
     check_flags(args)
     policy, opponent, t, out = whom_to_evaluate(recipe, args)
     of_a_run = args.iter is not None or args.theta0
-    write = write_marked if of_a_run else write_whole
+    write = write_listed if of_a_run else write_whole
     asked = {"tasks": args.tasks, "limit": args.limit}
     if not args.tasks:
         asked["eval_data"] = hash_of_data(recipe.eval_data)
@@ -89,7 +89,7 @@ def main(argv=None):
     print("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
     if of_a_run:
         save_recipe(recipe, args.run)
-        write_marked(args.run / "heldout.json", seal)
+        write_listed(args.run / "heldout.json", seal)
         write_by_prompt(out, held_out.pairs, table, shown)
     if out:  # last: it says that all is there
         result |= {"left_out": held_out.counts, "made_from": made_from}
@@ -101,8 +101,8 @@ def write_by_prompt(out, pairs, table, shown):
     rows = []
     for pair, figures in zip(pairs, table.tolist(), strict=True):
         rows.append({"id": pair["id"], **dict(zip(COLUMNS, figures, strict=True))})
-    write_jsonl(out.with_name("by_prompt.jsonl"), rows, write=write_marked)
-    write_jsonl(out.with_name("answers.jsonl"), shown, write=write_marked)
+    write_jsonl(out.with_name("by_prompt.jsonl"), rows, write=write_listed)
+    write_jsonl(out.with_name("answers.jsonl"), shown, write=write_listed)
 
 
 def check_flags(args):

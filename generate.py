@@ -22,14 +22,14 @@ import numpy as np
 from tqdm import tqdm
 
 from spin import checks, signs
+from spin.checksums import is_whole, write_listed
 from spin.codec import load_codec
 from spin.distributed import barrier, next_chunk, process_group
 from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl
 from spin.flags import ITER, parse
-from spin.marks import is_whole, write_marked
 from spin.models import load_frozen, refuse_what_cannot_be_trained
 from spin.probe import probe
-from spin.run import iteration_folder, save_recipe, starting_model, sums_of
+from spin.run import iteration_folder, list_of, save_recipe, starting_model
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select
 from spin.sources import read_rows
@@ -56,7 +56,7 @@ def main(argv=None):
     pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))
     chunks = [pairs[i : i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
     parts = [parts_folder / f"{k:06}.jsonl" for k in range(len(chunks))]
-    write = partial(write_marked, made_from=sums_of(run, t))
+    write = partial(write_listed, made_from=list_of(run, t))
 
     with process_group() as world:
         model = load_frozen(theta_t, recipe, world)
@@ -66,8 +66,9 @@ def main(argv=None):
         if world.rank == 0:
             print(f"theta_{t} ({theta_t}) answers {len(pairs)} prompts ({counts_line(left_out)})")
             save_recipe(recipe, run)
-            write_marked(run / "prompts.json", seal)
+            write_listed(run / "prompts.json", seal)
             write_json(out.with_suffix(".json"), {"left_out": left_out})
+        barrier()  # no answer without the recipe that it is of
 
         # a free rank takes the next chunk
         bar = tqdm(total=len(chunks), desc=f"generate {t}", unit="chunk", disable=world.rank > 0)

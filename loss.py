@@ -60,31 +60,30 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_logps(
-    model, input_ids: torch.Tensor, response_mask: torch.Tensor, lengths: list[int]
+    model,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    predictors: torch.Tensor,
+    labels: torch.Tensor,
+    counts: list[int],
+    attention: dict,
 ) -> torch.Tensor:
     """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over y's tokens, not a mean.
 
-    input_ids, response_mask: (1, T), N sequences packed one after the other; response_mask is 1 on
-    the tokens of y (its EOS among them), 0 on the prompt. lengths: of the N sequences; their sum is
-    T. Returns (N,). model: any causal transformers model, which keeps the sequences apart by the
-    positions or by cu_seq_lens."""
-    device = input_ids.device
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]  # (1, T)
-    bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # (N + 1,)
-    response = response_mask[0].nonzero()[:, 0]  # (K,) where the tokens of all y lie
+    input_ids, position_ids: (1, T), N sequences packed in one row. labels: (K,), the tokens of all
+    y, one y after the other; predictors: (K,), the place in the row before each of them, whose
+    logits predict it. counts: how many of the K belong to each y. Returns (N,).
+    model: a causal transformers model inside spin.packing.packed, which keeps the sequences apart,
+    by what is in attention. spin/packing.py makes the rest."""
     logits = model(
         input_ids=input_ids,
-        position_ids=positions,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
+        position_ids=position_ids,
         use_cache=False,
-        # token i is predicted at i − 1; no other logits: vocabulary × prompt is waste
-        logits_to_keep=response - 1,
+        # no other logits: vocabulary × prompt is waste
+        logits_to_keep=predictors,
+        **attention,
     ).logits.squeeze(0)  # (K, V)
-    logps = token_logps(logits, input_ids[0, response])  # (K,)
-    counts = [int(mask.sum()) for mask in response_mask[0].split(lengths)]
+    logps = token_logps(logits, labels)  # (K,)
     # not index_add: on a GPU its order, and so its sum, varies
     return torch.stack([y.sum() for y in logps.split(counts)])
 

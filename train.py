@@ -8,9 +8,9 @@
     python train.py --iter 0 --pairs FILE              pairs from elsewhere; preferences: DPO
 
 Reads θ_t and the generated.jsonl of iterations t and t − 1; writes into RUN/iter{t}/
-(RUN/sft/iter{t}/ for SFT) opponent.jsonl, metrics.jsonl and model/, which is θ_{t+1}. A rerun
-resumes from the last checkpoint; on the CPU with the same ranks and threads it ends with the same
-bytes as an uninterrupted run.
+opponent.jsonl, metrics.jsonl and model/, which is θ_{t+1} (SFT: RUN/sft/iter{t}/, and no
+opponent.jsonl). A rerun resumes from the last checkpoint; on the CPU with the same ranks and
+threads it ends with the same bytes as an uninterrupted run.
 """
 
 import contextlib
@@ -41,8 +41,15 @@ from spin.distributed import (
 from spin.files import append_jsonl, io_errors_in_one_line, read_jsonl
 from spin.flags import ITER, parse
 from spin.models import blocks_of, clip_gradients, compute_dtype, load_empty, read_weights
-from spin.packing import pack, packed
-from spin.pairs import batches, encode_pairs, made_from, micro_batches, sequences
+from spin.packing import packed
+from spin.pairs import (
+    batches,
+    encode_pairs,
+    made_from,
+    micro_batches,
+    packed_pairs,
+    share_prompts,
+)
 from spin.probe import probe
 from spin.run import (
     Iteration,
@@ -83,12 +90,15 @@ def main(argv=None):
         # are as large as the rank's part of the model
         optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         barrier()  # nobody writes before everybody has its model
-        with packed(model, recipe.attention):
+        with packed(model, recipe.attention) as way:
+            if way == "packed":  # our own attention alone knows branches
+                share_prompts(pairs)
             if world.rank == 0:
                 print(f"theta_{t} ({theta_t}) trains on {len(pairs)} pairs, {recipe.objective}")
                 save_recipe(recipe, run)
             out.mkdir(parents=True, exist_ok=True)
-            scores = None  # the model is θ_t still: train loads the checkpoint, if there is one
+            scores = None
+            # before train loads a checkpoint: the model is θ_t still
             if recipe.objective == "spin":
                 scores = frozen_scores(model, pairs, knobs, iteration, world)
             train(model, optimizer, pairs, scores, knobs, iteration, world)
@@ -99,51 +109,51 @@ def main(argv=None):
             print(f"{out / 'model'}: theta_{t + 1}")
 
 
-def train(model, optimizer, pairs, scores, recipe, iteration, world):
+def train(model, optimizer, pairs, scores, knobs, iteration, world):
     """Steps of RMSProp on (4.7) from the newest checkpoint on: θ_t in, θ_{t+1} out, in place.
     scores (N, 2): the opponent's log p_θt of each pair's real and generated answer; SFT: None."""
-    lam, ell = recipe.lam, recipe.ell  # of (4.7); recipe is main's knobs
-    schedule = all_batches(len(pairs), recipe, iteration.t)
+    lam, ell = knobs.lam, knobs.ell  # of (4.7)
+    schedule = all_batches(len(pairs), knobs, iteration.t)
     steps = len(schedule)
     done = checkpoint.load_checkpoint(iteration, model, optimizer)
-    logging = step_log(iteration, scores, recipe, done, steps, world)
+    logging = step_log(iteration, scores, knobs, done, steps, world)
     with catch_sigterm() as sigterm, logging as log:
         for step in range(done, steps):
             begun = time.perf_counter()
-            rate = learning_rate(step, steps, recipe.lr, recipe.warmup)
+            rate = learning_rate(step, steps, knobs.lr, knobs.warmup)
             optimizer.param_groups[0]["lr"] = rate
             # the mean loss's gradient, a micro-batch at a time; weight 0: a pair that only fills up
             passes = []
-            for some, weight in micro_batches(schedule[step], pairs, recipe, world):
-                inputs = pack(sequences(some, recipe.objective), world.device)
-                policy = sequence_logps(model, *inputs)  # log p_θ(y|x) of all, then (SPIN) of y'
-                if recipe.objective == "sft":
+            for part, weight in micro_batches(schedule[step], pairs, knobs, world):
+                row = packed_pairs(part, knobs.objective, world.device)
+                policy = sequence_logps(model, **row)  # log p_θ(y|x) of all, then (SPIN) of y'
+                if knobs.objective == "sft":
                     losses = sft_loss(policy)  # Eq. (3.1)
                 else:
                     policy_real, policy_generated = policy.chunk(2)
-                    opponent_real, opponent_generated = metrics.opponent_of(some, scores, policy)
+                    opponent_real, opponent_generated = metrics.opponent_of(part, scores, policy)
                     losses = spin_loss(  # Eq. (4.7)
                         policy_real, policy_generated, opponent_real, opponent_generated, lam, ell
                     )
                 # × world.size undoes FSDP's division: the ranks' shares add up to the global mean
-                share = (losses * weight.to(world.device)).sum() * world.size / len(schedule[step])
+                share = losses.sum() * weight * world.size / len(schedule[step])
                 share.backward()
-                passes.append((some, weight, losses.detach(), policy.detach()))
+                passes.append((part, weight, losses.detach(), policy.detach()))
                 losses = policy = policy_real = policy_generated = share = None  # frees the graph
 
             # the update; NaN or infinity ends the run here, before anything is saved
-            norm = clip_gradients(model, recipe.clip)
+            norm = clip_gradients(model, knobs.clip)
             optimizer.step()
             optimizer.zero_grad()
             checks.finite(step, passes, norm, model, pairs, iteration, world)
             log(step, passes, norm, rate, begun)
             # a checkpoint where one is due, or where the machine is taken away
             stop = flags_of_all_ranks([bool(sigterm)], world).any()
-            due = (step + 1) % recipe.checkpoint_every == 0 and step + 1 < steps
+            due = (step + 1) % knobs.checkpoint_every == 0 and step + 1 < steps
             if stop or due:
                 checkpoint.save_checkpoint(iteration, step + 1, model, optimizer, world)
             if stop:
-                leave_after(step, steps, world)
+                leave(step + 1, steps, world)
 
 
 def shard(model, recipe, world):
@@ -180,12 +190,11 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     first_epoch = batches(len(pairs), recipe, t, epoch)
     for batch in tqdm(first_epoch, desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
-        for rows, weight in micro_batches(batch, pairs, recipe, world):
-            logps = sequence_logps(model, *pack(sequences(rows, "spin"), world.device))
-            logps = logps.view(2, -1).T.double().cpu()  # (B, 2)
-            for row, pair_scores, w in zip(rows, logps, weight, strict=True):
-                if w:
-                    scores[row["index"]] = pair_scores
+        for part, weight in micro_batches(batch, pairs, recipe, world):
+            logps = sequence_logps(model, **packed_pairs(part, "spin", world.device))
+            if weight:  # else a pair that only fills up
+                indices = [pair["index"] for pair in part]
+                scores[indices] = logps.view(2, -1).T.double().cpu()  # (B, 2)
     model.reshard()  # FSDP2 leaves the root unsharded after a pass without gradient
     return sum_over_ranks(scores)  # every pair was scored by one rank; the others hold zeros
 
@@ -218,19 +227,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 @contextlib.contextmanager
-def step_log(iteration, scores, recipe, done, steps, world):
+def step_log(iteration, scores, knobs, done, steps, world):
     """Yields a function that logs a step: a line of metrics.jsonl, the progress bar, a warning."""
     path = iteration.folder / "metrics.jsonl"
     if world.rank == 0:
         checkpoint.restore_metrics(iteration, done)
-    name = f"{recipe.objective} {iteration.t}"
+    name = f"{knobs.objective} {iteration.t}"
     bar = tqdm(desc=name, unit="step", initial=done, total=steps, disable=world.rank > 0)
     bar.leave = False  # it is not drawn again below the line that says what ended it
     rows = []
 
     def log(step, passes, norm, rate, begun):
-        row = {"step": step, "epoch": step * recipe.epochs // steps}
-        row |= metrics.of_step(passes, scores, recipe)
+        row = {"step": step, "epoch": step * knobs.epochs // steps}
+        row |= metrics.of_step(passes, scores, knobs)
         row |= {"grad_norm": norm.item(), "lr": rate}
         row["tokens_per_s"] = row.pop("tokens") / (time.perf_counter() - begun)
         rows.append(row)
@@ -246,10 +255,10 @@ def step_log(iteration, scores, recipe, done, steps, world):
         yield log
 
 
-def leave_after(step, steps, world):
+def leave(done, steps, world):
     """Leave as if SIGTERM had ended the process."""
     if world.rank == 0:
-        stopped = f"SIGTERM: stopped after step {step} of {steps}"
+        stopped = f"SIGTERM: stopped after {done} of {steps} steps"
         print(f"\n{stopped}; the same command goes on from there", file=sys.stderr)
     raise SystemExit(143)
 

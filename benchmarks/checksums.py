@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from spin import marks
+from spin import checksums
 
 BLOCK = 2**20
 
@@ -41,7 +41,7 @@ def cell(work, paths, how: str, repeats: int) -> str:
     """How long it takes for all files, one after another: the median, the slowest, the fastest."""
     times = []
     for _ in range(repeats):
-        marks._sha256.cache_clear()
+        checksums._sha256.cache_clear()
         if how == "cold":
             forget(paths)
         begun = time.perf_counter()
@@ -65,7 +65,7 @@ def main():
                     file.write(os.urandom(BLOCK))
         print("| | reading alone | checking |\n|---|---|---|")
         for how in ("cold", "warm"):
-            cells = [cell(work, paths, how, args.repeats) for work in (read, marks.sha256)]
+            cells = [cell(work, paths, how, args.repeats) for work in (read, checksums.sha256)]
             print(f"| {how} | {cells[0]} | {cells[1]} |")
 
 

@@ -48,7 +48,7 @@ STAGES = [("generate", 0), ("train", 0), ("generate", 1), ("train", 1), ("evalua
 DAMAGE = ["flip", "cut", "cut at a line", "remove"]
 KINDS = ["kill one rank", "kill all", "SIGTERM", "disk full", *DAMAGE]
 OF_AN_ITERATION = shlex.split(
-    "generated.json opponent.json opponent.jsonl metrics.jsonl answers.jsonl model.json"
+    "generated.json opponent.json opponent.jsonl metrics.jsonl answers.jsonl pairs.json"
 )
 GUARDS = ["recipe.json", "prompts.json", "heldout.json"]
 GUARDS += [f"iter{t}/{name}" for t in (0, 1) for name in OF_AN_ITERATION]
@@ -279,7 +279,8 @@ def differences(run: Path, wanted: Path, damaged: Path | None) -> list[str]:
     there = contents(wanted)
     other = []
     for name in there:
-        lost_guard = damaged == run / name and (name in GUARDS or name.endswith(".sha256"))
+        lost = damaged == run / name and not damaged.exists()
+        lost_guard = lost and name in GUARDS or damaged == run / name and name.endswith(".sha256")
         if here.get(name) != there[name] and not lost_guard:
             other.append(name)
     for path in run.rglob("*"):

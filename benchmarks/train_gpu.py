@@ -34,8 +34,8 @@ from loss import sequence_logps, spin_loss
 from spin.distributed import process_group
 from spin.metrics import opponent_of
 from spin.models import clip_gradients, compute_dtype
-from spin.packing import pack, packed
-from spin.pairs import batches, micro_batches, sequences, tokens
+from spin.packing import packed
+from spin.pairs import batches, micro_batches, packed_pairs, share_prompts, tokens_of
 from spin.recipe import Recipe
 
 
@@ -81,7 +81,7 @@ def make_pairs(n: int, vocabulary: int, seed: int = 0) -> list[dict]:
         real = draw_length(rng, 270, 0.7, 1200)
         generated = draw_length(rng, 220, 0.7, 256)
         x = rng.integers(3, vocabulary, prompt)
-        pair = {"id": i, "iter": 0, "index": i}
+        pair = {"id": i, "iter": 0, "index": i, "shared": 0}
         for half, length in (("real", real), ("generated", generated)):
             y = rng.integers(3, vocabulary, length)
             ids = np.concatenate([x, y]).astype(np.int32)
@@ -100,9 +100,10 @@ def flops(model_config, block_weights: int, pairs, backward=True) -> float:
 
     A third of it without the backward pass."""
     halves = [pair[half] for pair in pairs for half in ("real", "generated")]
-    all_tokens = sum(len(ids) for ids, _ in halves)
+    all_tokens = sum(tokens_of(pair, "spin") for pair in pairs)
     responses = sum(int(mask.sum()) for _, mask in halves)
-    squares = sum(len(ids) ** 2 for ids, _ in halves)
+    # a prompt that stands in the row once asks its queries once
+    squares = sum(len(ids) ** 2 for ids, _ in halves) - sum(p["shared"] ** 2 for p in pairs)
     head = model_config.vocab_size * model_config.hidden_size
     attention = model_config.num_hidden_layers * model_config.hidden_size * squares
     return (6 if backward else 2) * (block_weights * all_tokens + head * responses + attention)
@@ -132,7 +133,7 @@ def take_step(model, optimizer, batch: list[int], pairs, recipe, world):
     # what the opponent says makes no difference to the speed
     opponent = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for rows, _ in micro_batches(batch, pairs, recipe, world):
-        policy = sequence_logps(model, *pack(sequences(rows, "spin"), world.device))
+        policy = sequence_logps(model, **packed_pairs(rows, "spin", world.device))
         policy_real, policy_generated = policy.chunk(2)
         opponent_real, opponent_generated = opponent_of(rows, opponent, policy)
         losses = spin_loss(
@@ -158,13 +159,20 @@ def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     speeds = []  # of each step: tokens and FLOPs, a second and rank
-    with packed(model, recipe.attention):
+    with packed(model, recipe.attention) as way:
+        for pair in pairs:
+            pair["shared"] = 0
+        if way == "packed":
+            share_prompts(pairs)
         for batch in batches(len(pairs), recipe, 0, 0):
             begun = time.perf_counter()
             take_step(model, optimizer, batch, pairs, recipe, world)
             seconds = time.perf_counter() - begun
             some = [pairs[i] for i in batch]
-            work = [sum(tokens(pair, "spin") for pair in some), flops(config, block_weights, some)]
+            work = [
+                sum(tokens_of(pair, "spin") for pair in some),
+                flops(config, block_weights, some),
+            ]
             speeds.append(np.array(work) / seconds / world.size)
     tokens_per_s, flops_per_s = np.median(speeds[1:], axis=0)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0

@@ -2,20 +2,25 @@
 
     pip install -r requirements-dev.txt
     OMP_NUM_THREADS=2 python benchmarks/train_vs_trl.py [--steps 3] [--runs 3]
+        [--lengths even|ultrachat|P,R,G] [--before DIR]
 
 The same model, pairs, batches, optimizer and rates: a Llama-shaped model of 30M random parameters
-with a vocabulary of 49,152; pairs of 200 to 600 tokens a half; batches of 8 pairs; fp32 on the CPU;
-RMSProp. Every run is a process of its own, in turns. SPIN's loss is DPO's, with θ_0 as the
-reference and λ for β, so the losses must agree. TRL runs as it comes, with reference scores
-computed beforehand, and with those and gradient accumulation, which is its best here. Tokens are
-real ones, padding not counted; the time is that of the steps and of scoring the reference; memory
-is the largest resident size of the process.
+with a vocabulary of 49,152; batches of 8 pairs; fp32 on the CPU; RMSProp. Pairs are of random
+tokens: with --lengths even of 200 to 600 a half, 50 to 149 of them the prompt; of lengths as in
+UltraChat; or all of P tokens of prompt and R and G of answers. --before: a checkout of an earlier
+commit, which runs beside. Every run is a process of its own, in turns.
+
+SPIN's loss is DPO's, with θ_0 as the reference and λ for β, so the losses must agree. TRL runs as
+it comes, with reference scores computed beforehand, and with those and gradient accumulation, which
+is its best here. The time is that of the steps and of scoring the reference; memory is the largest
+resident size of the process.
 """
 
 import argparse
 import itertools
 import json
 import os
+import pickle
 import resource
 import statistics
 import subprocess
@@ -28,16 +33,18 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpu
 from train_gpu import SHAPES, flops, matmul_rate
 
 import train
 from spin.distributed import process_group
 from spin.models import load_empty, read_weights
 from spin.packing import packed
-from spin.pairs import batches, tokens
+from spin.pairs import batches, share_prompts
 from spin.recipe import Recipe
 from spin.run import Iteration
 
+BEFORE = "ours before"
 SYSTEMS = ("ours", "trl", "trl, scores beforehand", "trl, scores beforehand, 4 × 2 pairs")
 BATCH = 8
 
@@ -50,14 +57,28 @@ def make_pairs(n: int, vocabulary: int, prompt=(50, 150), half=(200, 601)) -> li
     pairs = []
     for i in range(n):
         x = rng.integers(3, vocabulary, rng.integers(*prompt))
-        lengths = rng.integers(*half, 2)
-        pair = {"id": i, "iter": 0, "index": i}
-        for name, length in zip(("real", "generated"), lengths, strict=True):
-            y = rng.integers(3, vocabulary, length - len(x))
-            ids = np.concatenate([x, y]).astype(np.int32)
-            pair[name] = ids, (np.arange(length) >= len(x)).astype(np.int8)
-        pairs.append(pair)
+        pairs.append(pair_of(i, x, rng.integers(*half, 2) - len(x), rng, vocabulary))
     return pairs
+
+
+def pair_of(i: int, prompt, lengths, rng, vocabulary: int) -> dict:
+    """A pair as spin.pairs.encode_pairs gives it, with answers of these lengths."""
+    pair = {"id": i, "iter": 0, "index": i, "shared": 0}
+    for name, length in zip(("real", "generated"), lengths, strict=True):
+        ids = np.concatenate([prompt, rng.integers(3, vocabulary, length)]).astype(np.int32)
+        pair[name] = ids, (np.arange(len(ids)) >= len(prompt)).astype(np.int8)
+    return pair
+
+
+def pairs_of_lengths(lengths: str, n: int, vocabulary: int) -> list[dict]:
+    """n pairs of random ids; lengths as for --lengths."""
+    if lengths == "even":
+        return make_pairs(n, vocabulary)
+    if lengths == "ultrachat":
+        return train_gpu.make_pairs(n, vocabulary)
+    p, r, g = map(int, lengths.split(","))
+    rng = np.random.default_rng(0)
+    return [pair_of(i, rng.integers(3, vocabulary, p), (r, g), rng, vocabulary) for i in range(n)]
 
 
 def ours(model_dir: str, pairs, recipe, out: Path) -> tuple[list[float], float]:
@@ -72,6 +93,7 @@ def ours(model_dir: str, pairs, recipe, out: Path) -> tuple[list[float], float]:
         )
         begun = time.perf_counter()
         with packed(model, recipe.attention):
+            share_prompts(pairs)
             opponent = train.score_opponent(model, pairs, recipe, 0, world)
             scored = time.perf_counter()
             train.train(model, optimizer, pairs, opponent, recipe, Iteration(0, out, {}), world)
@@ -197,17 +219,17 @@ def trl_config(recipe, out: Path, beforehand: bool, size: int):
     )
 
 
-def run_here(system: str, folder: str, steps: int):
-    """One run, in this process; prints its figures as JSON."""
+def run_here(system: str, folder: str):
+    """One run, in this process; prints its figures as JSON. folder: holds model and pairs."""
     recipe = Recipe(
         batch_size=BATCH,
         epochs=1,
         lr=(5e-6,),
-        micro_tokens=1024,
+        micro_tokens=900,  # as many answers a pass as 1024 with each prompt twice
         recompute=False,
         checkpoint_every=10**6,
     )
-    pairs = make_pairs(BATCH * steps, SHAPES["30m"]().vocab_size)
+    pairs = pickle.loads((Path(folder) / "pairs").read_bytes())
     with tempfile.TemporaryDirectory() as out:
         if system == "ours":
             losses, seconds = ours(folder, pairs, recipe, Path(out))
@@ -215,15 +237,34 @@ def run_here(system: str, folder: str, steps: int):
             beforehand = "beforehand" in system
             size = 2 if "4 ×" in system else BATCH
             losses, seconds = trl(folder, pairs, recipe, Path(out), beforehand, size)
-    speed = sum(tokens(pair, "spin") for pair in pairs) / seconds
     mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"losses": losses, "tokens_per_s": speed, "MiB": mib}))
+    print(json.dumps({"losses": losses, "pairs_per_s": len(pairs) / seconds, "MiB": mib}))
 
 
-def run_apart(system: str, folder: str, steps: int) -> dict:
+# What runs in a checkout of an earlier commit: its own `ours`, on the same pairs.
+IN_CHECKOUT = """
+import json, pickle, resource, sys, tempfile
+from pathlib import Path
+checkout, folder = sys.argv[1:]
+sys.path.insert(0, checkout + "/benchmarks")
+import train_vs_trl as before
+knobs = {"batch_size": before.BATCH, "epochs": 1, "lr": (5e-6,), "micro_tokens": 1024}
+recipe = before.Recipe(**knobs, recompute=False, checkpoint_every=10**6)
+pairs = pickle.loads((Path(folder) / "pairs").read_bytes())
+with tempfile.TemporaryDirectory() as out:
+    losses, seconds = before.ours(folder, pairs, recipe, Path(out))
+mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"losses": losses, "pairs_per_s": len(pairs) / seconds, "MiB": mib}))
+"""
+
+
+def run_apart(system: str, folder: str, checkout: str) -> dict:
     """One run, in a process of its own; its figures."""
+    command = [__file__, "--child", system, folder]
+    if system == BEFORE:
+        command = ["-c", IN_CHECKOUT, checkout, folder]
     done = subprocess.run(
-        [sys.executable, __file__, "--steps", str(steps), "--child", system, folder],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -235,20 +276,20 @@ def run_apart(system: str, folder: str, steps: int) -> dict:
 def print_table(results: dict[str, list[dict]]):
     """results: the figures of each system's runs."""
     print(
-        "| | tokens/s | ours is faster by | largest resident MiB | ours takes | losses |\n"
+        "| | pairs/s | ours is faster by | largest resident MiB | ours takes | losses |\n"
         "|---|---|---|---|---|---|"
     )
     speed = {}
     mib = {}
     for system, runs in results.items():
-        speed[system] = statistics.median(run["tokens_per_s"] for run in runs)
+        speed[system] = statistics.median(run["pairs_per_s"] for run in runs)
         mib[system] = statistics.median(run["MiB"] for run in runs)
     for system, runs in results.items():
         faster = speed["ours"] / speed[system]
         takes = mib["ours"] / mib[system]
         losses = " ".join(f"{x:.6f}" for x in runs[0]["losses"])
         print(
-            f"| {system} | {speed[system]:.0f} | {faster:.1f} | {mib[system]:,.0f} | "
+            f"| {system} | {speed[system]:.3f} | {faster:.2f} | {mib[system]:,.0f} | "
             f"{takes:.2f} | {losses} |"
         )
 
@@ -260,20 +301,27 @@ def main():
     about = "runs of each, in turns; medians are shown (default: %(default)s)"
     parser.add_argument("--runs", type=int, default=3, help=about)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--lengths", default="even")
+    parser.add_argument("--before", default="", metavar="DIR")
     parser.add_argument("--child", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return run_here(*args.child, args.steps)
+        return run_here(*args.child)
     from transformers import LlamaForCausalLM
 
-    results = {system: [] for system in args.systems}
+    systems = [*args.systems, *([BEFORE] if args.before else [])]
+    results = {system: [] for system in systems}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         LlamaForCausalLM(SHAPES["30m"]()).save_pretrained(folder)
+        vocabulary = SHAPES["30m"]().vocab_size
+        pairs = pairs_of_lengths(args.lengths, BATCH * args.steps, vocabulary)
+        (Path(folder) / "pairs").write_bytes(pickle.dumps(pairs))
         for _ in range(args.runs):
-            for system in args.systems:
-                results[system].append(run_apart(system, folder, args.steps))
-    print(f"{torch.get_num_threads()} threads, {args.steps} steps, medians of {args.runs}")
+            for system in systems:
+                results[system].append(run_apart(system, folder, args.before))
+    how = f"{args.steps} steps, lengths {args.lengths}, medians of {args.runs}"
+    print(f"{torch.get_num_threads()} threads, {how}")
     print_table(results)
 
 

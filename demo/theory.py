@@ -123,7 +123,7 @@ def tabulate(model) -> torch.Tensor:
     """log p_θ(y|x) of every prompt and response, by sequence_logps of loss.py. (X, Y)"""
     rows = [((EOS, x, *y), (0, 0, *(1 for _ in y))) for x in range(PROMPTS) for y in RESPONSES]
     with packed(model):
-        return sequence_logps(model, *pack(rows, "cpu")).view(PROMPTS, -1)
+        return sequence_logps(model, **pack(rows, "cpu")).view(PROMPTS, -1)
 
 
 def gradient(loss, model) -> torch.Tensor:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 
+from spin.checksums import write_list, write_listed
 from spin.distributed import World, barrier, first_cause
 from spin.files import fail, read_json, read_jsonl, write_json, write_jsonl, write_whole
-from spin.marks import write_marked, write_marks
 from spin.models import second_names
-from spin.run import Iteration, model_files
+from spin.run import Iteration, model_files, newest_checkpoint
 
 
 def read_scores(iteration: Iteration, pairs) -> torch.Tensor | None:
@@ -49,12 +49,13 @@ def write_scores(iteration: Iteration, pairs, scores: torch.Tensor, world: World
     if world.rank != 0:
         return
     path = iteration.folder / "opponent.jsonl"
-    path.with_suffix(".json").unlink(missing_ok=True)
+    for old in (".json", ".sha256"):  # of other pairs
+        path.with_suffix(old).unlink(missing_ok=True)
     rows = []
     for (t, id), (real, generated) in zip(named, scores.tolist(), strict=True):
         rows.append({"id": id, "iter": t, "logp_real": real, "logp_generated": generated})
     write_jsonl(path, rows)
-    write_json(path.with_suffix(".json"), iteration.made_from, write=write_marked)
+    write_json(path.with_suffix(".json"), iteration.made_from, write=write_listed)
 
 
 def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: World):
@@ -67,11 +68,11 @@ def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: Wo
     weights, moments = states.get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
     mine = [path.name for path in part.glob(f"__{world.rank}_*")] + [".metadata"][world.rank :]
-    write_marks(part / f"{world.rank}.sha256", part, mine)
+    write_list(part / f"{world.rank}.sha256", part, mine)
     barrier()
     if world.rank == 0:
-        write_json(part / "made_from.json", iteration.made_from, write=write_marked)
-        write_marked(part / "metrics.jsonl", (iteration.folder / "metrics.jsonl").read_text())
+        write_json(part / "made_from.json", iteration.made_from, write=write_listed)
+        write_listed(part / "metrics.jsonl", (iteration.folder / "metrics.jsonl").read_text())
         shutil.rmtree(folder / str(step), ignore_errors=True)
         part.rename(folder / str(step))
         for old in folder.iterdir():
@@ -82,13 +83,13 @@ def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: Wo
 
 def latest_step(iteration: Iteration) -> int:
     """Steps that the newest checkpoint holds, or 0; refuses one of other pairs or another start."""
-    folder = iteration.folder / "checkpoint"
-    step = max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
-    newest = folder / str(step)
-    again = f"delete {folder} to start this iteration anew"
-    if step and read_json(newest / "made_from.json", again) != iteration.made_from:
+    newest = newest_checkpoint(iteration.folder)
+    if newest is None:
+        return 0
+    again = f"delete {newest.parent} to start this iteration anew"
+    if read_json(newest / "made_from.json", again) != iteration.made_from:
         fail(f"{newest} belongs to other pairs or another starting model: {again}")
-    return step
+    return int(newest.name)
 
 
 def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
@@ -120,7 +121,7 @@ def restore_metrics(iteration: Iteration, done: int):
 
 def export(model, tokenizer, folder: Path, pairs: list[str], world: World):
     """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
-    model.json beside it: the foreign pairs that it was made from; model.sha256: its checksums."""
+    Beside it pairs.json: the foreign pairs that it was made from; model.sha256: its checksums."""
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = states.get_model_state_dict(model, options=options)
     for second in second_names(model):
@@ -139,8 +140,8 @@ def export(model, tokenizer, folder: Path, pairs: list[str], world: World):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())  # before the checkpoint goes
-        write_json(folder.with_suffix(".json"), {"pairs": pairs})
-        write_marks(folder.with_name("metrics.sha256"), folder.parent, ["metrics.jsonl"])
-        write_marks(folder.with_suffix(".sha256"), part, model_files(part))
+        write_json(folder.with_name("pairs.json"), {"pairs": pairs}, write=write_listed)
+        write_list(folder.with_name("metrics.sha256"), folder.parent, ["metrics.jsonl"])
+        write_list(folder.with_suffix(".sha256"), part, model_files(part))
         part.rename(folder)
     barrier()

@@ -1,6 +1,6 @@
-"""Every refusal of a damaged, foreign or missing file of a run: one call a stage, one a step.
-A stage calls before_…() first; what it refuses ends in one line that says how to mend it, exit code
-2, and nothing is written. docs/troubleshooting.md lists the messages.
+"""What a stage refuses before it starts: a damaged, foreign or missing file of the run; and a step
+that is not finite. A stage calls before_…() first; what it refuses ends in one line that says how
+to mend it, exit code 2, and nothing is written. docs/troubleshooting.md lists the messages.
 
 run_iterations.sh asks, before anything else:
     python -m spin.checks --recipe demo      prints run directory, iterations, baseline"""
@@ -13,22 +13,24 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from spin.checksums import CHECKS_FILES, check_list, check_run_files, read_list
 from spin.codec import load_codec
 from spin.data import sampled_rows
 from spin.files import AGAIN, fail, io_errors_in_one_line, locate, read_json, weight_files
 from spin.flags import parse
-from spin.marks import LOOKS, check_run_files, check_sums, marks
 from spin.recipe import Recipe, fixed_knobs
 from spin.run import (
     answers_of,
     hash_of_data,
     iteration_folder,
+    list_of,
     model_files,
+    newest_checkpoint,
     starting_model,
-    sums_of,
 )
 
 RESTORE = "restore it, or choose another --run"
+UNLIST = "delete the list, if you changed it yourself"
 
 
 def before_generating(recipe: Recipe, run: Path, t: int):
@@ -45,9 +47,10 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str])
     if (folder / "model").is_dir():
         return same_pairs(folder, foreign_pairs)
     start = theta(recipe, run, t, recipe.objective)
-    for listed in (folder / "checkpoint").glob("*[0-9]/*.sha256"):
-        mend = f"delete {folder / 'checkpoint'} to start this iteration anew"
-        check_sums(listed.parent, listed, marks(listed), mend)
+    newest = newest_checkpoint(folder)
+    for listed in newest.glob("*.sha256") if newest else ():
+        otherwise = f"delete {newest.parent} to start this iteration anew"
+        check_list(newest, listed, read_list(listed), otherwise)
     if foreign_pairs:
         return
     codec = load_codec(start, recipe)
@@ -70,7 +73,7 @@ def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
     from spin.distributed import flags_of_all_ranks, sum_over_ranks
     from spin.models import has_nonfinite
 
-    loss_is_bad = not all(losses.isfinite().all() for _, _, losses, _ in passes)
+    loss_is_bad = not torch.cat([losses for _, _, losses, _ in passes]).isfinite().all()
     flags = [loss_is_bad, not grad_norm.isfinite(), has_nonfinite(model.parameters())]
     flags = flags_of_all_ranks(flags, world)
     if not flags.any():
@@ -126,18 +129,19 @@ def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
     maker = f"train.py --iter {t - 1}" + " --objective sft" * (objective == "sft")
     if t > 0 and not folder.is_dir():
         fail(f"theta_{t} is missing: {name} is made by {maker}, which has not finished")
-    listed = sums_of(run, t, objective)
-    if listed.exists():
-        mend = f"restore it, or delete {name} and run {maker} again" if t else RESTORE
-        check_sums(folder, listed, {*marks(listed), *model_files(folder)}, mend)
-    return model_folder(name)
+    otherwise = f"delete {name} and run {maker} again" if t else "choose another --run"
+    return model_folder(name, list_of(run, t, objective), otherwise)
 
 
-def model_folder(name: str, weights: bool = True) -> str:
-    """A model's folder or hub id; refuses a folder that holds no transformers model, or weights cut
-    off by a copy."""
+def model_folder(name: str, listed: Path | None = None, otherwise=UNLIST, weights=True) -> str:
+    """A model's folder or hub id; refuses a folder that holds no transformers model, weights cut
+    off by a copy, or files that are not as listed."""
     name = locate(name)
     folder = Path(name)
+    if not listed or not listed.exists():
+        listed = Path(f"{folder.resolve()}.sha256")  # train.py leaves it beside a model
+    if weights and "config.json" in read_list(listed):
+        check_list(folder, listed, {*read_list(listed), *model_files(folder)}, otherwise)
     if folder.exists() and not (folder / "config.json").is_file():
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
@@ -153,7 +157,7 @@ def model_folder(name: str, weights: bool = True) -> str:
 
 def same_pairs(folder: Path, foreign_pairs: list[str]):
     """Refuse a finished iteration that was trained on other pairs."""
-    made_from = read_json(folder / "model.json", RESTORE).get("pairs", [])
+    made_from = read_json(folder / "pairs.json", RESTORE).get("pairs", [])
     if made_from != [hash_of_data(source) for source in foreign_pairs]:
         mend = "give the same --pairs, or none if it was none, or another --run"
         fail(f"{folder / 'model'} was made from other pairs: {mend}")
@@ -165,7 +169,7 @@ def same_result(out: Path, made_from: dict, record: Path | None = None):
     found = read_json(record or out, "delete it").get("made_from")
     known = found if isinstance(found, dict) else {}
     other = [name for name in made_from if known.get(name, ()) != made_from[name]]
-    if other and LOOKS:
+    if other and CHECKS_FILES:
         mend = "delete it, or give another --out"
         fail(f"{out} is there already, made with another {', '.join(other)}: {mend}")
 

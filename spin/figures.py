@@ -155,7 +155,7 @@ def logps(model, sequences, recipe) -> torch.Tensor:
     with packed(model, recipe.attention):
         for row in balanced_bins([len(ids) for ids, _ in sequences], recipe.micro_tokens):
             batch = pack([sequences[i] for i in row], model.device)
-            result[row] = sequence_logps(model, *batch).cpu()
+            result[row] = sequence_logps(model, **batch).cpu()
     return result
 
 

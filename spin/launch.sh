@@ -41,10 +41,10 @@ stage() {  # also where a kill has left what a finished stage clears away
   local result=$1 script=$2 rest=generated.part; shift 2
   [[ $script == train.py ]] && rest=checkpoint
   [[ -e $run/$result && ! -e $run/${result%/*}/$rest ]] && return
-  did=1
+  did=1; set -m  # in a process group of its own: what ours is sent reaches it once, by leave
   "${launch[@]}" "$here/$script" "${flags[@]}" --run "$run" "$@" & child=$!
-  wait "$child"
+  set +m; wait "$child"
 }
 # bash would die alone: the stage is told, and may checkpoint before it leaves
-leave() { kill -TERM $child 2>/dev/null && wait "$child" || true; exit 143; }
-trap leave INT TERM
+leave() { trap '' INT TERM HUP; kill -TERM $child 2>/dev/null && wait "$child" || true; exit 143; }
+trap leave INT TERM HUP

@@ -2,6 +2,7 @@
 The master weights of training are fp32; matrix products are in the compute dtype."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,25 +28,28 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def attention_name(recipe, world: World, config) -> str | None:
-    """transformers' name of --attention; auto is flash-attn where it can be used, else None: SDPA
-    where the model has it, and eager where its attention is more. Refuses what a model lacks."""
-    has_flash = refuse_missing_attention(config, recipe.attention)
-    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16  # FlashAttention: 16 bits
-    usable = has_flash and world.device.type == "cuda" and half and is_flash_attn_2_available()
-    automatic = "flash_attention_2" if usable else None
-    return automatic if recipe.attention == "auto" else recipe.attention
+    """transformers' name of the attention that samples; None: SDPA where the model has it, else
+    eager. FlashAttention serves packed rows only (spin/attention.py): in transformers' decoding it
+    would unpad in every layer, and wait for the GPU each time. Refuses what a model lacks."""
+    refuse_missing_attention(config, recipe.attention)
+    if recipe.attention in ("sdpa", "eager"):
+        return recipe.attention
+    half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16
+    usable = world.device.type == "cuda" and half and is_flash_attn_2_available()
+    if recipe.attention == "flash_attention_2" and not usable:
+        needs = "a CUDA GPU, bf16 and the package flash-attn"
+        fail(f"--attention flash_attention_2 needs {needs}: use --attention auto")
+    return None
 
 
-def refuse_missing_attention(config, attention: str) -> bool:
-    """Refuse an --attention that a model's family does not have; returns whether it has
-    FlashAttention-2."""
+def refuse_missing_attention(config, attention: str):
+    """Refuse an --attention that a model's family does not have."""
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # some attention has parts that the package flash-attn lacks
     has_flash = family._supports_flash_attn and not family._compatible_flash_implementations
     lacks = {"sdpa": not family._supports_sdpa, "flash_attention_2": not has_flash}
     if lacks.get(attention):
         fail(f"{family.__name__} cannot use --attention {attention}: use --attention auto")
-    return has_flash
 
 
 def load_whole(name: str, recipe, world: World, dtype: torch.dtype):
@@ -95,7 +99,7 @@ def load_empty(name: str, recipe, world: World):
         if not Path(name).is_dir():
             folder = snapshot_download(name, revision=revision, allow_patterns=files)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = _without_weights(config, attention_name(recipe, world, config))
+        model = without_weights(config, attention_name(recipe, world, config))
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
@@ -116,7 +120,7 @@ def refuse_what_cannot_be_trained(name: str, recipe):
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         refuse_missing_attention(config, recipe.attention)
-        model = _without_weights(config, None)
+        model = without_weights(config, None)
     except Exception as problem:
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     blocks_of(model, recompute=False)
@@ -145,7 +149,7 @@ def name_of(model) -> str:
     return type(model).__name__.removeprefix("FSDP")
 
 
-def _without_weights(config, attention: str | None):
+def without_weights(config, attention: str | None):
     """A model in eval mode and fp32, its parameters without memory."""
     how = {"dtype": torch.float32, "attn_implementation": attention}
     with register_module_parameter_registration_hook(_on_meta):
@@ -156,14 +160,19 @@ def read_weights(model, folder: str, recipe, world: World):
     """Fill a sharded model: each rank reads its own part of each weight, and none holds all."""
     if not any(w.is_meta for w in model.parameters()):
         return  # it was loaded whole
+    make_room(model, recipe, world)
     second = second_names(model)
+    weights = {n: w for n, w in get_model_state_dict(model).items() if n not in second}
+    dcp.load(weights, storage_reader=HuggingFaceStorageReader(folder))
+
+
+def make_room(model, recipe, world: World):
+    """Memory for the weights of a sharded model that was made without; nothing is read into it."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     model.to_empty(device="cpu" if recipe.offload else world.device)
     for name, buffer in buffers.items():  # computed, not stored: to_empty has lost them
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, buffer.to(world.device))
-    weights = {n: w for n, w in get_model_state_dict(model).items() if n not in second}
-    dcp.load(weights, storage_reader=HuggingFaceStorageReader(folder))
 
 
 def blocks_of(model, recompute: bool) -> list:
@@ -177,7 +186,9 @@ def blocks_of(model, recompute: bool) -> list:
         unnamed = f"{name_of(model)} does not name its blocks (_no_split_modules)"
         fail(f"{unnamed}: FSDP cannot shard it block by block")
     if recompute:
-        wrap.apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
+        # without dropout there is no random state to keep, for which the host would wait
+        wrapper = partial(wrap.checkpoint_wrapper, preserve_rng_state=False)
+        wrap.apply_activation_checkpointing(model, wrapper, lambda module: module in blocks)
         blocks = [block for block in model.modules() if isinstance(block, wrap.CheckpointWrapper)]
     return blocks
 

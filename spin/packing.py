@@ -1,8 +1,8 @@
 """Sequences in one row without padding, and the ways in which a model keeps them apart.
-Padding is waste: with lengths as in UltraChat a padded batch of pairs computes half as much again
-as it needs. Here the sequences of a micro-batch lie one after the other in a single row; their
-positions restart, and attention stays inside each sequence (spin/attention.py). Some families need
-explicit masks for that, and for some no row will do: theirs is a padded batch after all."""
+Padding is waste: it computes every sequence to the length of the longest. Here the sequences of a
+micro-batch lie one after the other in a single row; their positions restart, and attention stays
+inside each sequence (spin/attention.py). Some families need explicit masks for that, and for some
+no row will do: theirs is a padded batch after all."""
 
 import contextlib
 import functools
@@ -17,18 +17,68 @@ from transformers import AttentionInterface
 from transformers.masking_utils import create_masks_for_generate
 
 from loss import sequence_logps
-from spin.attention import packed_attention, trial_attention
+from spin.attention import Layout, packed_attention, trial_attention
 
 AttentionInterface.register("packed", packed_attention)
 AttentionInterface.register("trial", trial_attention)
 
 
-def pack(sequences, device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """N sequences (ids, mask) → input_ids (1, T), response_mask (1, T), N lengths of sum T."""
-    ids, masks = zip(*sequences, strict=True)
-    both = np.stack([np.concatenate(ids), np.concatenate(masks)])
-    both = torch.as_tensor(both, dtype=torch.long, device=device)  # (2, T)
-    return both[:1], both[1:], [len(one) for one in ids]
+def pack(sequences, device, shared=None) -> dict:
+    """N sequences (ids, mask) as one row: the arguments of sequence_logps but the model.
+    shared: (k, n) for each sequence. n = 0: it stands in the row whole, as all do by default. Else
+    its first n tokens are sequence k's, which are not computed again, and the rest is a branch; at
+    most one branch from each."""
+    shared = shared or [(k, 0) for k in range(len(sequences))]
+    branches = [k for k, (_, skip) in enumerate(shared) if skip]
+    wholes = [k for k, (_, skip) in enumerate(shared) if not skip]
+    begin = {}  # where in the row each sequence's own tokens begin
+    ids, positions = [], []
+    for k in wholes + branches:
+        tokens, skip = sequences[k][0], shared[k][1]
+        begin[k] = sum(map(len, ids))
+        ids.append(tokens[skip:])
+        positions.append(range(skip, len(tokens)))
+
+    predictors, labels = [], []
+    for k, (tokens, mask) in enumerate(sequences):
+        (answer,) = np.nonzero(mask)
+        whole, skip = shared[k]
+        before = answer - 1  # in the sequence; it may be the prompt's last token
+        predictors.append(before + np.where(before < skip, begin[whole], begin[k] - skip))
+        labels.append(np.asarray(tokens)[answer])
+
+    bounds = [np.cumsum([0, *map(len, ids)])]
+    bounds += [np.cumsum([0, *(len(sequences[k][0]) for k in wholes + branches)])]
+    arrays = [*map(np.concatenate, (ids, positions, predictors, labels)), *bounds]
+    input_ids, position_ids, places, answers, *bounds_there = to_device(arrays, device)
+    attention = {"layout": layout_of(sequences, shared, wholes, branches)}
+    # under the names by which transformers hands them to FlashAttention
+    for name, on_host, on_device in zip("qk", bounds, bounds_there, strict=True):
+        attention |= {f"cu_seq_lens_{name}": on_device.int()}
+        attention |= {f"max_length_{name}": int(np.diff(on_host).max())}
+    return {
+        "input_ids": input_ids[None],  # (1, T)
+        "position_ids": position_ids[None],
+        "predictors": places,  # (K,)
+        "labels": answers,
+        "counts": [len(one) for one in labels],
+        "attention": attention,
+    }
+
+
+def layout_of(sequences, shared, wholes: list[int], branches: list[int]) -> Layout:
+    """What spin/attention.py has to know of a row."""
+    sizes = [len(ids) for ids, _ in sequences]
+    prompts = [
+        (wholes.index(shared[k][0]), shared[k][1], sizes[k] - shared[k][1]) for k in branches
+    ]
+    return Layout([sizes[k] for k in wholes], prompts)
+
+
+def to_device(arrays, device) -> list[torch.Tensor]:
+    """Arrays of whole numbers as tensors of int64: one transfer, since the host waits for each."""
+    flat = np.concatenate([np.asarray(array, np.int64) for array in arrays])
+    return list(torch.from_numpy(flat).to(device).split([len(array) for array in arrays]))
 
 
 def balanced_bins(sizes: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
@@ -55,8 +105,7 @@ def balanced_bins(sizes: list[int], budget: int, multiple: int = 1) -> list[list
 def packed(model, attention: str = "auto"):
     """Inside the `with`, the model takes a packed row, in the way that fits its family; yields it:
 
-    flash_attention_2   flash-attn keeps the sequences apart, by cu_seq_lens or the positions
-    packed              packed_attention does, for --attention auto
+    packed              packed_attention does; in this way alone a prompt can stand in the row once
     masks               transformers' eager attention or SDPA does, by explicit masks
     rows                no way is known: each sequence gets a padded row of its own
 
@@ -87,13 +136,12 @@ def way_to_pack(model, attention: str) -> str:
     # layers that remember in another way, or a family of older make
     if not known or model._is_stateful or not model._supports_attention_backend:
         return "rows"
-    name = model.config._attn_implementation
-    if name == "flash_attention_2":
-        return name
-    # auto: eager where transformers has nothing else for the family (softcap, sinks)
-    if attention != "auto" or name == "eager":
+    if attention in ("sdpa", "eager"):
         return "masks"
-    return "packed" if hands_over(model) else "rows"
+    if hands_over(model):
+        return "packed"
+    # transformers has nothing but eager for some families (softcap, sinks)
+    return "masks" if model.config._attn_implementation == "eager" else "rows"
 
 
 def kinds_of_layers(model) -> set[str]:
@@ -112,10 +160,9 @@ def hands_over(model) -> bool:
     seen = set()
     before = model.config._attn_implementation
     model.set_attn_implementation("trial")
-    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    mask = torch.tensor([[0, 1, 0, 1]], device=model.device)
-    # a method: FSDP hands on copies of lists and sets
-    sequence_logps(functools.partial(model, note=seen.add), ids, mask, [2, 2])
+    two = pack([([0, 0], [0, 1])] * 2, model.device)
+    # seen.add, not seen: FSDP hands on copies of lists and sets
+    sequence_logps(functools.partial(model, note=seen.add), **two)
     model.set_attn_implementation(before)
     if isinstance(model, FSDPModule):
         model.reshard()  # a pass without gradient leaves the root's weights gathered
@@ -141,7 +188,7 @@ def forward_in_rows(model, forward, row: dict):
     sees the padding behind it. Needs more memory, for padding and for prompts' logits."""
     bounds = row["cu_seq_lens_q"]
     wanted = row["logits_to_keep"]  # (K,)
-    sequences = row["input_ids"][0].split(bounds.diff().tolist())
+    sequences = row["input_ids"][0].split(row["layout"].wholes)
     ids = pad_sequence(sequences, batch_first=True)  # (N, L)
     which = torch.bucketize(wanted, bounds[1:], right=True)  # (K,) in which sequence
     column = wanted - bounds[which]  # (K,) and where in it

@@ -1,12 +1,15 @@
 """Does a row's every sequence get the log-probabilities that it has alone? Asked of the model, on
 this run's own device, dtype and attention, at the start of each stage that samples or scores.
 
-A row is packed of three sequences of random tokens: a short one, one of --max-length tokens, so
-that windows and rotary limits come into play wherever the run's sequences reach them, a short one.
+A row is packed of sequences of random tokens: a short one, one of --max-length tokens, so that
+windows and rotary limits come into play wherever the run's sequences reach them, a short one. Where
+a pair's prompt will stand in a row once, a branch goes on from the first half of the long one, as
+the generated answer goes on from the prompt.
 
-(a) The row is scored twice, the second time with other tokens in the middle. The outer sequences'
-    log-probabilities must have the same bits: nothing of a neighbour may get through, from before
-    or from behind. (Where tokens choose experts, these compute batches of another shape: then (b)'s
+(a) The row is scored twice, the second time with other tokens in the long one, behind the prompt if
+    there is a branch. The other sequences' log-probabilities must have the same bits: nothing of a
+    neighbour may get through, from before or from behind, nor of the real answer into the generated
+    one. (Where tokens choose experts, these compute batches of another shape: then (b)'s
     tolerance.)
 (b) Each sequence is scored alone too, by the model as transformers gives it. What rounding may do
     is measured, not guessed: every embedding is moved by one unit in its last place, so that all
@@ -16,7 +19,7 @@ that windows and rotary limits come into play wherever the run's sequences reach
 Compared are medians over stretches of 16 tokens: a fault such as a wrong window moves a stretch as
 a whole; a token that chooses another expert by a hair is one alone.
 
-The passes take 4 × --max-length tokens, padding not counted: no more than two micro-batches, each
+The passes take 6 × --max-length tokens, padding not counted: no more than three micro-batches, each
 of a pair of the longest.
 """
 
@@ -42,9 +45,13 @@ def probe(model, recipe, world):
     refuse_moving_angles(model.config, recipe.max_length)
     before, middle, behind, other = random_sequences(model.config, recipe.max_length)
     with packed(model, recipe.attention) as way:
-        in_row = packed_logps(model, [before, middle, behind], world.device)
-        beside_other = packed_logps(model, [before, other, behind], world.device)
-    alone = [plain_logps(model, ids, world.device) for ids in (before, middle, behind)]
+        half = len(middle) // 2 if way == "packed" else 0
+        other = middle[:half] + other[half:]
+        branches = [middle[:half] + other[:half:-1]] if half else []
+        row = [before, middle, behind, *branches]
+        in_row = packed_logps(model, row, half, world.device)
+        beside_other = packed_logps(model, [before, other, *row[2:]], half, world.device)
+    alone = [plain_logps(model, ids, world.device) for ids in row]
     eps = torch.finfo(compute_dtype(recipe.dtype, world.device)).eps
     with moved_embeddings(model, eps):
         moved = plain_logps(model, before, world.device)
@@ -61,7 +68,7 @@ def probe(model, recipe, world):
     rounding = largest(moved, alone[0]) + eps + torch.finfo(torch.float32).eps * -alone[1].min()
     # a choice of experts that turns over in one layer is felt a little by all later tokens
     tolerance = FACTOR * rounding + 1e-3 * experts
-    for k in (0, 2):
+    for k in [k for k in range(len(row)) if k != 1]:
         same = torch.equal(in_row[k], beside_other[k])
         if not same and not (experts and largest(in_row[k], beside_other[k]) <= tolerance):
             moved_by = (in_row[k] - beside_other[k]).abs().max()
@@ -95,15 +102,15 @@ def random_sequences(config, longest: int) -> list[list[int]]:
     return [[usable[i] for i in row[:n]] for row, n in zip(picked.tolist(), lengths, strict=True)]
 
 
-def packed_logps(model, sequences: list[list[int]], device) -> list[torch.Tensor]:
-    """log p of each sequence's tokens from the second on, by the very call that trains."""
+def packed_logps(model, sequences: list[list[int]], shared: int, device) -> list[torch.Tensor]:
+    """log p of each sequence's tokens from the second on, by the very call that trains. The fourth,
+    if there is one, is a branch: its first `shared` tokens are the second's."""
     kept = []  # the model's output: sequence_logps gives sums, in which a small leak may vanish
     masks = [[0] + [1] * (len(ids) - 1) for ids in sequences]
-    row = pack(list(zip(sequences, masks, strict=True)), device)
-    sequence_logps(lambda **inputs: kept.append(model(**inputs)) or kept[0], *row)
-    labels = torch.tensor([token for ids in sequences for token in ids[1:]], device=device)
-    logps = token_logps(kept[0].logits[0], labels).cpu()
-    return list(logps.split([len(ids) - 1 for ids in sequences]))
+    prompts = [(0, 0), (1, 0), (2, 0), (1, shared)][: len(sequences)]
+    row = pack(list(zip(sequences, masks, strict=True)), device, prompts)
+    sequence_logps(lambda **inputs: kept.append(model(**inputs)) or kept[0], **row)
+    return list(token_logps(kept[0].logits[0], row["labels"]).cpu().split(row["counts"]))
 
 
 def plain_logps(model, ids: list[int], device) -> torch.Tensor:

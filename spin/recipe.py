@@ -92,7 +92,7 @@ class Recipe:
         "auto: FlashAttention-2 on CUDA, flash-attn's where installed, else torch's; CPU: SDPA",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
-    recompute: bool = free(True, "activation checkpointing: less memory, a third more compute")
+    recompute: bool = free(True, "activation checkpointing: less memory, a quarter more compute")
     offload: bool = free(False, "weights, gradients and optimizer in host memory (slow)")
     replicas: int = free(1, "whole copies of the sharded model, such as one a node", POSITIVE)
     checkpoint_every: int = free(200, "optimizer steps between resume checkpoints", POSITIVE)

@@ -12,9 +12,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from spin import paper_tables
+from spin.checksums import check_run_files
 from spin.files import fail, io_errors_in_one_line, read_json, write_json, write_whole
 from spin.flags import parse
-from spin.marks import check_run_files
 from spin.pictures import STYLES, Line, as_image, draw_lines, level
 from spin.run import iteration_folder
 from spin.signs import signs_of_trouble, thinned

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from spin.checksums import CHECKS_FILES, sha256, write_list, write_listed
 from spin.files import locate, weight_files, write_json
 from spin.flags import as_text
-from spin.marks import LOOKS, sha256, write_marked, write_marks
 from spin.recipe import Recipe, fixed_knobs
 
 # what of a model's folder is read besides its weights
@@ -45,7 +45,13 @@ def answers_of(recipe: Recipe, run: Path, t: int) -> list[tuple[int, Path]]:
     return [(s, iteration_folder(run, s) / "generated.jsonl") for s in range(first, t + 1)]
 
 
-def sums_of(run: Path, t: int, objective: str = "spin") -> Path:
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in an iteration's folder, if any; older ones may be in ruins."""
+    there = [path for path in (folder / "checkpoint").glob("*") if path.name.isdigit()]
+    return max(there, key=lambda path: int(path.name), default=None)
+
+
+def list_of(run: Path, t: int, objective: str = "spin") -> Path:
     """The list of the checksums of θ_t's files."""
     folder = iteration_folder(run, t - 1, objective)
     return folder / "model.sha256" if t else run / "theta_0.sha256"
@@ -69,7 +75,7 @@ def hash_of_model(name: str, revision: str) -> str | None:
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{revision}"
-    return hash_of(folder / file for file in model_files(folder)) if LOOKS else None
+    return hash_of(folder / file for file in model_files(folder)) if CHECKS_FILES else None
 
 
 def hash_of_data(source: str) -> str:
@@ -115,5 +121,5 @@ def save_recipe(recipe: Recipe, run: Path):
         print(f"{f.name:18}{as_text(getattr(recipe, f.name))}")
     run.mkdir(parents=True, exist_ok=True)
     theta_0 = Path(locate(recipe.model))
-    write_marks(run / "theta_0.sha256", theta_0, model_files(theta_0))
-    write_json(path, vars(recipe), indent=1, write=write_marked)
+    write_list(run / "theta_0.sha256", theta_0, model_files(theta_0))
+    write_json(path, vars(recipe), indent=1, write=write_listed)

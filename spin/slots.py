@@ -34,16 +34,18 @@ class Slots(DynamicLayer):
     """The keys and values of one layer: prompt, then answer, in its slot from column 0 on.
     transformers fixes update's arguments: forward_in_slots sets first, columns, width before."""
 
-    def __init__(self, slots: int, length: int):
+    def __init__(self, slots: int, length: int, layers: int):
         super().__init__()
         self.slots = slots
         self.length = length
+        self.layers = layers  # from this one on
 
     def update(self, keys, values, *_, **__):  # (b, heads, T, dim) each
         if not self.is_initialized:
-            heads = keys.shape[1]
-            self.keys = keys.new_zeros(self.slots, heads, self.length, keys.shape[3])
-            self.values = values.new_zeros(self.slots, heads, self.length, values.shape[3])
+            self.refuse_too_many(keys, values)
+            self.keys, self.values = (
+                x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3]) for x in (keys, values)
+            )
             self.is_initialized = True
         rows = slice(self.first, self.first + len(keys))
         each = torch.arange(len(keys), device=keys.device)[:, None]
@@ -53,6 +55,28 @@ class Slots(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.width - self.columns.shape[1]
+
+    def refuse_too_many(self, keys, values):
+        """End with one line where the slots of this layer and the later ones do not fit on the GPU.
+        keys, values: as this layer has them, (b, heads, T, dim)."""
+        token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (keys, values))  # bytes
+        a_slot = token * self.length * self.layers
+        free = free_bytes(keys.device)
+        fits = 0.9 * free // a_slot  # a tenth is left for the pass itself
+        if fits < self.slots:
+            needs = f"{self.slots * a_slot / 1e9:.1f} GB for keys and values"
+            mend = f"--slots {fits:.0f} fits"
+            if not fits:
+                mend = "lower --max-new-tokens, or take shorter prompts"
+            fail(f"--slots {self.slots} needs {needs}, and {free / 1e9:.1f} GB are free: {mend}")
+
+
+def free_bytes(device) -> float:
+    """What a GPU has left, with what torch holds in reserve; of host memory nothing is known."""
+    if device.type != "cuda":
+        return torch.inf
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def keeps_every_key(model, length: int) -> bool:
@@ -115,7 +139,8 @@ def decode_in_slots(model, prompts, eos, max_new_tokens, uniform, temperature, t
     When a prompt enters and which slot it has depends on the arguments and the answers only."""
     slots = min(slots, len(prompts))
     length = max(map(len, prompts)) + max_new_tokens
-    layers = [Slots(slots, length) for _ in DynamicCache(config=model.config).layers]
+    number = len(DynamicCache(config=model.config).layers)
+    layers = [Slots(slots, length, number - i) for i in range(number)]
     cache = Cache(layers=layers)
     answers = torch.full((len(prompts), max_new_tokens), eos, device=model.device)
     start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)

@@ -37,9 +37,9 @@ from transformers import (
     RobertaPreLayerNormForCausalLM,
 )
 
+from spin.checksums import write_list
 from spin.files import fail, read_jsonl, write_jsonl
 from spin.flags import flag
-from spin.marks import write_marks
 from spin.recipe import Recipe
 
 NOUNS = ("tin", "kola", "bel", "amu", "rodak")
@@ -294,7 +294,7 @@ def another_theta_1(run):
     weights(lambda w: w[UP].mul_(1.01))(run / "other")
     shutil.rmtree(run / "iter0" / "model")
     (run / "other").rename(run / "iter0" / "model")
-    write_marks(run / "iter0" / "model.sha256", run / "iter0" / "model", [SAFETENSORS])
+    write_list(run / "iter0" / "model.sha256", run / "iter0" / "model", [SAFETENSORS])
 
 
 def run_is_a_file(tmp, played):
@@ -628,21 +628,24 @@ RUNS = {
     ),
     "of another theta_0 in the same place": (
         swapped(weights(lambda w: w[UP].mul_(1.01))),
-        "model/model.safetensors is damaged, or was changed, by its checksum in",
+        "model/model.safetensors is damaged, or was changed, by the checksums in",
     ),
     "of another tokenizer in the same place": (
         swapped(rewrite("tokenizer.json", lambda old: old + b" ")),
-        "model/tokenizer.json is damaged, or was changed, by its checksum in",
+        "model/tokenizer.json is damaged, or was changed, by the checksums in",
     ),
     "of a theta_0 that got a chat template": (
         swapped(write("chat_template.jinja", TURNS)),
-        "model/chat_template.jinja is damaged, or was changed, by its checksum in",
+        "model/chat_template.jinja is new, by the checksums in",
     ),
     "of a newer version": (
         run(unlisted(edit("recipe.json", new_knob=1))),
         "another version (knobs new_knob)",
     ),
-    "half a recipe.json": (run(cut("recipe.json", 30)), "recipe.json is damaged, or was"),
+    "half a recipe.json": (
+        run(cut("recipe.json", 30)),
+        "restore what was there, or choose another --run",
+    ),
     "half a recipe.json, unlisted": (
         run(unlisted(cut("recipe.json", 30))),
         "recipe.json is damaged (",
@@ -659,7 +662,7 @@ RUNS = {
     "training before generating": (command("train", "--iter", "0"), "generate.py --iter 0"),
     "generated.jsonl cut off": (
         run(cut("iter0/generated.jsonl")),
-        "iter0/generated.jsonl is damaged, or was changed, by its checksum in",
+        "iter0/generated.jsonl is damaged, or was changed, by the checksums in",
     ),
     "generated.jsonl cut off, and generated again": (
         run(cut("iter1/generated.jsonl", 99), "generate"),
@@ -675,7 +678,7 @@ RUNS = {
     ),
     "an iteration's tokenizer lost": (
         run(remove("iter0/model/tokenizer.json"), "evaluate"),
-        "tokenizer.json is missing, by its checksum in",
+        "tokenizer.json is missing, by the checksums in",
     ),
     "metrics.jsonl cut at a line": (
         run(cut("iter1/metrics.jsonl", 300)),
@@ -693,7 +696,7 @@ RUNS = {
     "half a heldout.json": (run(cut("heldout.json", 9), "evaluate"), "heldout.json is damaged, or"),
     "answers of another model": (
         run(another_theta_1),
-        "iter0/model.sha256 is damaged, or was changed, by its checksum in",
+        "iter0/model.sha256 is damaged, or was changed, by the checksums in",
     ),
     "other held-out prompts": (held_out, "not those of"),
     "half an eval.json": (run(cut("iter1/eval.json", 9), "evaluate"), "eval.json is damaged, or"),

@@ -42,7 +42,7 @@ def test_the_flops_of_the_formula_are_those_that_a_pass_over_packed_pairs_execut
     halves = [pair[half] for pair in pairs for half in ("real", "generated")]
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     with FlopCounterMode(display=False) as counter:
-        sequence_logps(model, *pack(halves, "cpu")).sum().backward()
+        sequence_logps(model, **pack(halves, "cpu")).sum().backward()
     counted = counter.get_total_flops()
     assert train_gpu.flops(config, blocks, pairs) == pytest.approx(counted, rel=0.08)
     # control: the padded batch

@@ -86,7 +86,7 @@ def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played
     for pair, (y, _) in zip(pairs, drawn, strict=True):
         two = [encode(codec, pair, response) for response in (pair["real"], y)]
         new, old = (
-            [sequence_logps(m, *pack([s], "cpu")).item() for s in two] for m in (theta_2, theta_1)
+            [sequence_logps(m, **pack([s], "cpu")).item() for s in two] for m in (theta_2, theta_1)
         )
         margins.append(4.0 * ((new[0] - old[0]) - (new[1] - old[1])))
     figures = json.loads((played / "iter1" / "eval.json").read_text())

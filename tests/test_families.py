@@ -81,13 +81,12 @@ def test_with_any_attention_a_packed_row_has_the_log_probs_of_each_sequence_alon
     if attention != "auto" and attention != model.config._attn_implementation:
         model.config._attn_implementation = attention
     with packed(model, attention), torch.no_grad():
-        got = sequence_logps(model, *pack(sequences, "cpu"))
+        got = sequence_logps(model, **pack(sequences, "cpu"))
     assert (got - wanted).abs().max() < 1e-3
     with torch.no_grad():  # control: the same row, and nothing keeps its sequences apart
-        ids, mask, lengths = pack(sequences, "cpu")
         names = ("input_ids", "logits_to_keep")
         together = sequence_logps(
-            lambda **row: model(**{n: row[n] for n in names}), ids, mask, lengths
+            lambda **row: model(**{n: row[n] for n in names}), **pack(sequences, "cpu")
         )
     assert ((together - wanted).abs() > 1e-2).any()
 

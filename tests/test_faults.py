@@ -28,10 +28,12 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from test_train import fresh, metrics, weights
 
+import evaluate
 import generate
 import train
-from spin import checkpoint, compare, report, signs
-from spin.files import read_jsonl
+from spin import checkpoint, checks, compare, mt_bench, report, signs
+from spin.checksums import is_whole, write_listed
+from spin.files import read_jsonl, write_json
 from spin.models import has_nonfinite
 from spin.slots import pick_token
 
@@ -77,9 +79,11 @@ ROT = {
     "a checkpoint's weights": (f"{CHECKPOINT}/__0_0.distcp", None, "train 1"),
     "a checkpoint's index": (f"{CHECKPOINT}/.metadata", None, "train 1"),
     "a checkpoint's metrics": (f"{CHECKPOINT}/metrics.jsonl", rb'"loss": \d\.', "train 1"),
+    "a hash of foreign pairs": ("run/iter0/pairs.json", rb'"pairs": ', "train 1"),
     "a recipe": ("run/recipe.json", rb'"chunk": ', "train 1"),
     "prompts": ("run/prompts.json", rb'"prompts": ', "generate 1"),
     "figures": ("run/iter0/eval.json", rb'"margin": \d\.', "report"),
+    "figures by prompt": ("run/iter0/by_prompt.jsonl", rb'"nll": \d', "report"),
     "answers to look at": ("run/iter0/answers.jsonl", rb'"real": "', "report"),
     "metrics": ("run/iter0/metrics.jsonl", rb'"loss": \d\.', "report"),
 }
@@ -133,8 +137,8 @@ def test_a_flipped_bit_in_each_kind_of_file_that_is_read_again_is_refused_by_nam
     try:
         flip(path, before)
         line = refused(lambda: call(reader, run, ["--model", unfinished / "theta"]))
-        assert f"{path} is damaged, or was changed, by its checksum in " in line
-        assert "restore it, or" in line or "delete" in line
+        assert f"{path} is damaged, or was changed, by the checksums in " in line
+        assert "restore what was there, or " in line
         if kind in UNSEEN:  # the control: without checksums it is read
             for listed in run.rglob("*.sha256"):
                 listed.unlink()
@@ -145,17 +149,108 @@ def test_a_flipped_bit_in_each_kind_of_file_that_is_read_again_is_refused_by_nam
         (unfinished / name).write_bytes(good)  # θ_0's, which is not a copy
 
 
+@pytest.mark.parametrize("program", ["evaluate", "compare", "mt_bench"])
+def test_a_flipped_bit_in_a_model_of_a_run_is_refused_by_whatever_program_takes_it(
+    program, played, tmp_path, refused
+):
+    shutil.copytree(played / "iter0", tmp_path / "iter0")
+    model = tmp_path / "iter0" / "model"
+    lost = str(tmp_path / "lost.jsonl")
+    main, flags = {
+        "evaluate": (evaluate.main, ["--model", model, "--eval-data", lost]),
+        "compare": (compare.main, [THETA0, model, "--eval-data", lost]),
+        "mt_bench": (mt_bench.main, [lost, "--model", model, "--out", tmp_path / "a.jsonl"]),
+    }[program]
+    flags += MICRO
+    flip(model / "model.safetensors")
+    line = refused(lambda: main([*map(str, flags)]))
+    assert f"{model / 'model.safetensors'} is damaged, or was changed, by the checksums in" in line
+    (tmp_path / "iter0" / "model.sha256").unlink()  # as the line says; so it is the control, too
+    assert lost in refused(lambda: main([*map(str, flags)]))
+
+
+def test_a_model_behind_a_link_is_checked_too(played, tmp_path, refused):
+    shutil.copytree(played / "iter0", tmp_path / "iter0")
+    (tmp_path / "link").symlink_to(tmp_path / "iter0" / "model")
+    assert checks.model_folder(str(tmp_path / "link"))
+    flip(tmp_path / "iter0" / "model" / "model.safetensors")
+    line = refused(lambda: checks.model_folder(str(tmp_path / "link")))
+    assert "delete the list, if you changed it yourself" in line
+
+
+def test_a_listed_file_is_not_written_twice_and_its_list_holds_the_new_one(tmp_path):
+    path = tmp_path / "prompts.json"
+    write_listed(path, "a")
+    before = path.stat().st_ino
+    write_listed(path, "a")  # a kill here would lose it
+    assert path.stat().st_ino == before and is_whole(path)
+    write_listed(path, "b")
+    assert path.read_text() == "b" and is_whole(path)
+    path.write_text("c")  # control
+    assert not is_whole(path)
+
+
+def test_ruins_of_an_older_checkpoint_and_of_a_users_copy_do_not_stop_a_run(
+    played, tmp_path, monkeypatch
+):
+    run = fresh(played, tmp_path, (0, 1))
+    train_up_to_the_export(run, 1, monkeypatch)
+    older = run / "iter1" / "checkpoint" / "10"
+    shutil.copytree(older.with_name("12"), older)
+    (older / "metrics.jsonl").unlink()  # a kill came while it was deleted
+    shutil.copytree(run / "iter0", run / "iter0.bak")
+    os.truncate(run / "iter0.bak" / "generated.jsonl", 9)
+    stage("train", run, "--iter", 1)
+    assert weights(run / "iter1") == weights(played / "iter1")
+
+
+def test_a_kill_between_new_scores_and_what_they_are_made_from_does_not_stop_a_run(
+    played, tmp_path, monkeypatch
+):
+    run = fresh(played, tmp_path, (0, 1))
+    for path in (played / "iter1").glob("opponent.*"):
+        shutil.copy(path, run / "iter1")
+    write_json(run / "iter1" / "opponent.json", {"pairs": "others"}, write=write_listed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_json", lambda *args, **keywords: interrupt())
+        stage("train", run, "--iter", 1)
+    stage("train", run, "--iter", 1)
+    assert weights(run / "iter1") == weights(played / "iter1")
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.long
+def test_no_rank_answers_before_the_recipe_is_written(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
+import time, generate
+save_recipe = generate.save_recipe
+def slow(recipe, run):
+    time.sleep(5)
+    assert not list(run.glob("iter0/generated.part/*.jsonl"))
+    save_recipe(recipe, run)
+generate.save_recipe = slow
+generate.main()""")
+    done = torchrun(2, str(script), *MICRO, "--run", tmp_path / "run", "--iter", "0")
+    assert done.returncode == 0, done.stderr
+
+
 # ---- a machine that is taken away, a disk that is full, a rank that dies -------------------------
 
 
-def start(*command):
-    """Start a command from the repository root, as a user would, and do not wait for it."""
+def start(*command, env=None):
+    """Start a command from the repository root, as a user would, and do not wait for it. Its
+    process group is its own."""
     return subprocess.Popen(
         [*map(str, command)],
         cwd=REPO,
-        env=user_environment(),
+        env={**user_environment(), **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 
@@ -189,23 +284,34 @@ def test_sigterm_makes_training_checkpoint_after_its_step_and_the_end_is_the_sam
 
 
 @pytest.mark.long
-def test_sigterm_to_torchrun_or_to_the_loop_reaches_the_ranks(played, tmp_path):
-    flags = [*MICRO, "--checkpoint-every", "999", "--epochs", "20"]
-    ranks = fresh(played, tmp_path / "ranks")
-    process = start(*torchrun_command(2, "train.py", *flags, "--run", ranks, "--iter", 0))
-    wait_for(process, ranks / "iter0" / "metrics.jsonl")
-    process.terminate()
-    process.communicate(timeout=30)
-    loop = fresh(played, tmp_path / "loop")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("to_all", [False, True])
+def test_sigterm_to_the_loop_or_to_all_its_processes_makes_the_ranks_checkpoint(
+    ranks, to_all, played, tmp_path
+):
+    run = fresh(played, tmp_path / "run")
     for name in ("eval.json", "answers.jsonl"):
-        shutil.copy(played / name, loop)
-    other = start("bash", "run_iterations.sh", "demo", "--run", loop, *flags[2:])
-    wait_for(other, loop / "iter0" / "metrics.jsonl")
-    other.terminate()
-    assert other.wait(timeout=30) == 143 and process.returncode == 1  # torchrun's own
-    for run in (ranks, loop):
-        (done,) = (path.name for path in (run / "iter0" / "checkpoint").iterdir())
-        assert int(done) == len(metrics(run / "iter0")) >= 1
+        shutil.copy(played / name, run)
+    flags = [*MICRO[2:], "--checkpoint-every", "999", "--epochs", "40"]
+    env = {"NPROC_PER_NODE": str(ranks)}
+    loop = start("bash", "run_iterations.sh", "demo", "--run", run, *flags, env=env)
+    wait_for(loop, run / "iter0" / "metrics.jsonl")
+    (os.killpg if to_all else os.kill)(loop.pid, signal.SIGTERM)
+    assert loop.wait(timeout=30) == 143
+    (done,) = (path.name for path in (run / "iter0" / "checkpoint").iterdir())
+    assert int(done) == len(metrics(run / "iter0")) >= 1
+
+
+@pytest.mark.long
+def test_sigterm_to_torchrun_reaches_the_ranks(played, tmp_path):
+    flags = [*MICRO, "--checkpoint-every", "999", "--epochs", "20"]
+    run = fresh(played, tmp_path / "run")
+    process = start(*torchrun_command(2, "train.py", *flags, "--run", run, "--iter", 0))
+    wait_for(process, run / "iter0" / "metrics.jsonl")
+    process.terminate()
+    assert process.wait(timeout=30) == 1  # torchrun's own
+    (done,) = (path.name for path in (run / "iter0" / "checkpoint").iterdir())
+    assert int(done) == len(metrics(run / "iter0")) >= 1
 
 
 @contextlib.contextmanager
@@ -315,7 +421,7 @@ def calm_nodes(played, tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("moment", ["dcp.FileSystemWriter.write_data", "write_marks"])
+@pytest.mark.parametrize("moment", ["dcp.FileSystemWriter.write_data", "write_list"])
 def test_a_node_lost_while_it_writes_a_checkpoint_leaves_the_one_before_for_both(
     moment, lost, calm_nodes, played, tmp_path
 ):
@@ -347,10 +453,6 @@ train.main()""")
 
 def train_up_to_the_export(run, t, monkeypatch, *flags):
     """Train iteration t and end as if by Ctrl-C, before the model is written."""
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "export", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -377,7 +479,7 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_iteration_ends_with_
     line = refused(lambda: stage("train", run, "--iter", 1))
     if "unlisted" not in how:
         found = "damaged, or was changed" if how == "cut" else "missing"
-        assert f"{path} is {found}, by its checksum in " in line
+        assert f"{path} is {found}, by the checksums in " in line
     assert "delete" in line or "mend that" in line
     shutil.rmtree(folder)
     stage("train", run, "--iter", 1)
@@ -403,14 +505,14 @@ def spoil_a_loss(run, monkeypatch):
     """Make the loss of one pair NaN in step 2, the first after the checkpoint. Returns a list whose
     last element will be that pair."""
     spin_loss = train.spin_loss
-    sequences = train.sequences
+    packed_pairs = train.packed_pairs
     first = []  # of each micro-batch up to the one that goes wrong
     done = []
 
-    def watched(rows, objective):
+    def watched(rows, objective, device):
         if not done:
             first.append(rows[0])
-        return sequences(rows, objective)
+        return packed_pairs(rows, objective, device)
 
     def bad(*args):
         losses = spin_loss(*args)
@@ -419,7 +521,7 @@ def spoil_a_loss(run, monkeypatch):
             done.append(True)
         return losses
 
-    monkeypatch.setattr(train, "sequences", watched)
+    monkeypatch.setattr(train, "packed_pairs", watched)
     monkeypatch.setattr(train, "spin_loss", bad)
     return first
 

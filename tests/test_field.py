@@ -73,7 +73,8 @@ def test_a_model_edited_between_stages_is_noticed_and_other_files_beside_it_do_n
             # an edit that keeps the size, which no number of bytes tells
             path.write_text(before.replace("s", "S") if before else TOOLS)
             line = refused(lambda n=name, i=t: stage(n, run, "--iter", i, *flags))
-            assert f"{path} is damaged, or was changed, by its checksum in " in line
+            how = "damaged, or was changed" if before else "new"
+            assert f"{path} is {how}, by the checksums in " in line
             path.write_text(before) if before else path.unlink()
         (folder / "README.md").write_text("Mine.")
         (folder / "result.json").write_text("{}")

@@ -149,18 +149,52 @@ def test_bins_hold_everything_once(sizes, budget, parts):
         assert load[0] - load[-1] <= max(sizes)  # as even as the largest piece allows
 
 
-# (id, mask) of each token
-one_sequence = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 1)), min_size=1, max_size=30)
+token = st.integers(0, 99)
+# prompt, rest of it and real answer, the same and generated answer; (id, mask) of each token behind
+# the prompt, whose first is never an answer's
+behind = st.lists(st.tuples(token, st.integers(0, 1)), min_size=1, max_size=20)
+one_pair = st.tuples(st.lists(token, min_size=1, max_size=20), behind, behind, st.booleans())
 
 
 @many
-@given(rows=st.lists(one_sequence, min_size=1, max_size=9))
-def test_a_packed_row_falls_apart_into_its_sequences(rows):
-    sequences = [tuple(map(list, zip(*row, strict=True))) for row in rows]
-    ids, mask, lengths = pack(sequences, "cpu")
-    assert ids.shape == mask.shape == (1, sum(lengths))
-    parts = zip(ids[0].split(lengths), mask[0].split(lengths), strict=True)
-    assert [(a.tolist(), b.tolist()) for a, b in parts] == sequences
+@given(pairs=st.lists(one_pair, min_size=1, max_size=6))
+def test_a_packed_row_holds_every_sequence_and_tells_where_each_answer_token_is_predicted(pairs):
+    """Whether a prompt is there once for both answers or twice."""
+    sequences = [
+        (pair[0] + [i for i, _ in pair[half]], [0] * len(pair[0]) + [m for _, m in pair[half]])
+        for half in (1, 2)
+        for pair in pairs
+    ]
+    n = len(pairs)
+    shared = [(k, 0) for k in range(n)]
+    shared += [(k, len(p[0])) if p[3] else (n + k, 0) for k, p in enumerate(pairs)]
+    row = pack(sequences, "cpu", shared)
+    ids, positions = row["input_ids"][0].tolist(), row["position_ids"][0].tolist()
+    skipped = sum(skip for _, skip in shared)
+    assert len(ids) == len(positions) == sum(len(s) for s, _ in sequences) - skipped
+    places = iter(row["predictors"].tolist())
+    labels = iter(row["labels"].tolist())
+    for (tokens, mask), count in zip(sequences, row["counts"], strict=True):
+        answer = [j for j, m in enumerate(mask) if m]
+        assert count == len(answer)
+        for j in answer:
+            place = next(places)
+            assert (ids[place], positions[place]) == (tokens[j - 1], j - 1)
+            assert next(labels) == tokens[j]
+    assert next(places, None) is None
+
+    # what attention is told gives each sequence back, prompt included
+    layout, bounds = row["attention"]["layout"], row["attention"]["cu_seq_lens_q"].tolist()
+    own = [ids[a:b] for a, b in itertools.pairwise(bounds)]
+    wholes = own[: len(layout.wholes)]
+    found = wholes + [
+        wholes[whole][:skip] + rest
+        for (whole, skip, _), rest in zip(layout.branches, own[len(wholes) :], strict=True)
+    ]
+    assert [len(rest) for rest in own[len(wholes) :]] == [n for *_, n in layout.branches]
+    assert sorted(found) == sorted(tokens for tokens, _ in sequences)
+    keys = row["attention"]["cu_seq_lens_k"].diff().tolist()
+    assert keys == [len(one) for one in found] and max(keys) == row["attention"]["max_length_k"]
 
 
 @many
@@ -177,7 +211,7 @@ def test_every_pair_is_trained_on_once_an_epoch_and_every_rank_makes_as_many_pas
 ):
     seed, t, epoch = order
     pairs = [
-        {"real": ([0] * real, 0), "generated": ([0] * generated, 0), "index": i}
+        {"real": ([0] * real, 0), "generated": ([0] * generated, 0), "index": i, "shared": 0}
         for i, (real, generated) in enumerate(lengths)
     ]
     objective = "sft" if sft else "spin"
@@ -195,7 +229,7 @@ def test_every_pair_is_trained_on_once_an_epoch_and_every_rank_makes_as_many_pas
         here = []
         for rows, weight in itertools.chain.from_iterable(shares):
             assert rows
-            here += [row["index"] for row, w in zip(rows, weight.tolist(), strict=True) if w]
+            here += [row["index"] for row in rows if weight]
         assert sorted(here) == sorted(one)
         seen.update(here)
     assert seen == collections.Counter(range(len(pairs)))

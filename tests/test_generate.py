@@ -1,18 +1,22 @@
 """generate.py and what samples for it: y' ~ p_θt, the same bytes however the work is split."""
 
+import contextlib
 import json
 import shutil
 import sys
 
+import families
 import numpy as np
 import pytest
 import torch
 from conftest import MICRO, THETA0, load, shell, stage, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TopKLogitsWarper
+from transformers.cache_utils import Cache
 
 import generate
 from loss import sequence_logps
 from spin import distributed
+from spin import slots as decoding
 from spin.codec import make_codec
 from spin.data import sampled_rows
 from spin.files import read_jsonl
@@ -228,8 +232,10 @@ def test_the_sampler_and_the_scoring_of_training_see_the_same_probabilities(
     told = torch.tensor(told)
     others = [([ids[0] ^ 1] + ids[1:], mask) for ids, mask in rows]
     with torch.no_grad():
-        assert torch.allclose(told, sequence_logps(model, *pack(rows, "cpu")), atol=1e-4, rtol=1e-5)
-        other = sequence_logps(model, *pack(others, "cpu"))
+        assert torch.allclose(
+            told, sequence_logps(model, **pack(rows, "cpu")), atol=1e-4, rtol=1e-5
+        )
+        other = sequence_logps(model, **pack(others, "cpu"))
     assert (told - other).abs().mean() > 0.1  # control: one other token in the prompt
 
 
@@ -323,7 +329,7 @@ def test_whole_answers_occur_as_often_as_their_log_probs_say(model, tokenizer):
     kinds = sorted({tuple(y) for y, _ in answers})
     with torch.no_grad():
         rows = [(ids + list(y), [0] * len(ids) + [1] * len(y)) for y in kinds]
-        p = sequence_logps(model, *pack(rows, "cpu")).double().exp().numpy()
+        p = sequence_logps(model, **pack(rows, "cpu")).double().exp().numpy()
     counts = np.array([sum(tuple(y) == kind for y, _ in answers) for kind in kinds])
     often = p * n > 20
     assert often.sum() >= 4
@@ -514,3 +520,53 @@ def test_the_opponents_compute_dtype_is_fp32_on_the_cpu():
     assert compute_dtype("auto", torch.device("cpu")) is torch.float32
     assert compute_dtype("auto", torch.device("cuda")) is torch.bfloat16
     assert json.loads((THETA0 / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_more_slots_than_the_gpu_has_room_for_are_refused_with_a_number_that_fits(
+    model, monkeypatch, refused
+):
+    """Keys and values of 3 layers, 4 heads of 16 numbers in fp32: 12,288 bytes for eight tokens."""
+    of_a_slot = 2 * 3 * 8 * 4 * 16 * 4
+    monkeypatch.setattr(decoding, "free_bytes", lambda device: 10 * of_a_slot)
+    prompts = [[1, 2, 3]] * 12  # and five new tokens each
+    assert len(sample(model, prompts, 2, 5, slots=9)) == 12  # a tenth is left
+    line = refused(lambda: sample(model, prompts, 2, 5, slots=10))
+    assert line.startswith("error: --slots 10 needs 0.0 GB") and line.endswith("--slots 9 fits")
+    monkeypatch.setattr(decoding, "free_bytes", lambda device: of_a_slot)
+    line = refused(lambda: sample(model, prompts, 2, 5, slots=4))
+    assert line.endswith("lower --max-new-tokens, or take shorter prompts")
+    monkeypatch.undo()
+    assert len(sample(model, prompts, 2, 5, slots=10)) == 12  # control: the CPU's memory
+
+
+@pytest.mark.parametrize("name", ["Llama", "Falcon", "DeepSeek-V3"])
+def test_the_room_that_is_asked_for_is_what_the_cache_takes(name, monkeypatch):
+    """Falcon has one head of keys for all, DeepSeek-V3 keeps keys and values of other widths."""
+    caches = []
+
+    def kept(layers):
+        caches.append(Cache(layers=layers))
+        return caches[0]
+
+    free = {}
+
+    def free_bytes(device):
+        taken = sum(x.nbytes for layer in caches[0].layers for x in tensors_of(layer))
+        return free["all"] - taken
+
+    monkeypatch.setattr(decoding, "Cache", kept)
+    monkeypatch.setattr(decoding, "free_bytes", free_bytes)
+    model = families.tiny(name)
+    free["all"] = 10**9
+    sample(model, [[1, 2, 3]] * 4, 2, 5, slots=4)
+    taken = sum(x.nbytes for layer in caches[0].layers for x in tensors_of(layer))
+    # 0.9 of what is free suffices for the slots of all layers, and a byte less does not
+    for free["all"], fits in ((taken / 0.9 + 1, True), (taken / 0.9 - 1, False)):
+        caches.clear()
+        with contextlib.nullcontext() if fits else pytest.raises(SystemExit):
+            sample(model, [[1, 2, 3]] * 4, 2, 5, slots=4)
+
+
+def tensors_of(layer):
+    """A layer's keys and values, if it has them already."""
+    return (layer.keys, layer.values) if layer.is_initialized else ()

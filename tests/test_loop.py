@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,38 @@ def test_the_whole_loop_on_one_command_and_again_does_nothing(tmp_path):
     again = shell(*command)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+# In the place of Python: the plan of a run, and stages that note each SIGTERM.
+STUB = """#!{python}
+import os, signal, sys, time
+if "spin.checks" in sys.argv:
+    print({run!r}, 1, 0, sep="\\t")
+else:
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(time.time()))
+    open({run!r} + "/begun", "w").close()
+    while not told or time.time() < told[0] + 1:
+        time.sleep(0.01)
+    open({run!r} + "/told", "w").write(str(len(told)))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_of_the_loops_processes_reaches_a_stage_once(sent, tmp_path):
+    """torchrun, told twice, leaves at once, without its ranks. Ctrl-C goes to all, and so does the
+    end of an ssh."""
+    stub = tmp_path / "python"
+    stub.write_text(STUB.format(python=sys.executable, run=str(tmp_path)))
+    stub.chmod(0o755)
+    environment = {**user_environment(), "PYTHON": str(stub)}
+    command = loop(tmp_path)
+    process = subprocess.Popen(command, cwd=REPO, env=environment, start_new_session=True)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+    os.killpg(process.pid, sent)
+    assert process.wait(timeout=30) == 143
+    assert (tmp_path / "told").read_text() == "1"
 
 
 @pytest.mark.long

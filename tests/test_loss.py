@@ -122,7 +122,7 @@ def sequences(tokenizer):
 def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_shares_the_row(
     model, sequences
 ):
-    together = sequence_logps(model, *pack(sequences, "cpu"))
+    together = sequence_logps(model, **pack(sequences, "cpu"))
     for (ids, mask), logp in zip(sequences, together.tolist(), strict=True):
         assert logp == pytest.approx(chain_rule(model, ids, mask), abs=1e-4)
         # controls: a mean, the prompt counted, no shift
@@ -138,9 +138,9 @@ def test_sequence_logps_is_a_sum_over_response_tokens_shifted_by_one_whatever_sh
 def test_logits_are_computed_for_response_tokens_only(model, sequences):
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    input_ids, response_mask, lengths = pack(sequences, "cpu")
-    sequence_logps(model, input_ids, response_mask, lengths)
-    assert seen[0][1] == sum(sum(mask) for _, mask in sequences) < input_ids.shape[1]
+    row = pack(sequences, "cpu")
+    sequence_logps(model, **row)
+    assert seen[0][1] == sum(sum(mask) for _, mask in sequences) < row["input_ids"].shape[1]
 
 
 def test_the_first_gradient_of_spin_is_half_lambda_times_sfts_less_the_score_of_the_generated(
@@ -153,8 +153,8 @@ def test_the_first_gradient_of_spin_is_half_lambda_times_sfts_less_the_score_of_
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    real, generated = (sequence_logps(model, *pack([s], "cpu")) for s in sequences[:2])
+    real, generated = (sequence_logps(model, **pack([s], "cpu")) for s in sequences[:2])
     got = gradient(spin_loss(real, generated, real.detach(), generated.detach(), lam=0.3).sum())
-    real, generated = (sequence_logps(model, *pack([s], "cpu")) for s in sequences[:2])
+    real, generated = (sequence_logps(model, **pack([s], "cpu")) for s in sequences[:2])
     wanted = -0.15 * gradient(real.sum()) + 0.15 * gradient(generated.sum())
     assert torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max())

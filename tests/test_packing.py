@@ -1,5 +1,6 @@
 """spin/packing.py: sequences in a row stay apart, in any attention; bins are full, even, whole."""
 
+import functools
 import random
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from loss import sequence_logps, token_logps
+from spin import attention
 from spin.attention import packed_attention
 from spin.packing import balanced_bins, pack, packed
 
@@ -107,7 +109,7 @@ def test_packed_log_probs_and_gradients_are_those_of_each_sequence_alone(kind, a
     with packed(model, attention) as way:
         assert way == WAYS.get(kind, ("packed", "masks"))[attention != "auto"]
         assert model.config._attn_implementation == ("packed" if way == "packed" else before)
-        got = sequence_logps(model, *pack(sequences, "cpu"))
+        got = sequence_logps(model, **pack(sequences, "cpu"))
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-4)
         wanted_gradient = gradient(wanted, model)
         error = gradient(got, model) - wanted_gradient
@@ -132,9 +134,9 @@ def test_controls_plain_causal_attention_over_the_row_or_running_positions_give_
     wanted = one_by_one(model, sequences)
     if len(lost) == 1:
         with packed(model):
-            got = sequence_logps(forgetful, *pack(sequences, "cpu"))
+            got = sequence_logps(forgetful, **pack(sequences, "cpu"))
     else:
-        got = sequence_logps(forgetful, *pack(sequences, "cpu"))
+        got = sequence_logps(forgetful, **pack(sequences, "cpu"))
     # the first sequence has nothing before it
     assert got[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
     assert not torch.isclose(got[1:], wanted[1:], rtol=1e-3).any()
@@ -144,8 +146,8 @@ def test_a_neighbour_in_the_row_changes_nothing():
     model = build("sliding window")
     a, b, c, d = rows()
     with packed(model), torch.no_grad():
-        first = sequence_logps(model, *pack([a, b, c], "cpu"))
-        second = sequence_logps(model, *pack([d, b, d], "cpu"))
+        first = sequence_logps(model, **pack([a, b, c], "cpu"))
+        second = sequence_logps(model, **pack([d, b, d], "cpu"))
     assert first[1].item() == pytest.approx(second[1].item(), rel=1e-5)
 
 
@@ -161,7 +163,7 @@ def test_a_mask_of_the_models_own_is_refused_and_not_overlooked(refused):
         with_kwargs=True,
     )
     model.set_attn_implementation("packed")
-    line = refused(lambda: sequence_logps(model, *pack(rows(), "cpu")))
+    line = refused(lambda: sequence_logps(model, **pack(rows(), "cpu")))
     assert "attention has a mask of its own, which --attention auto does not know" in line
     model.set_attn_implementation("sdpa")
     with packed(model) as way:  # the model was asked beforehand, and said so
@@ -174,11 +176,124 @@ def test_a_mask_of_the_models_own_is_refused_and_not_overlooked(refused):
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
 def test_attention_that_is_more_than_softmax_is_refused_by_packed_attention(name, refused):
     x = torch.randn(1, 2, 5, 8)
-    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
-    known = {"cu_seq_lens_q": bounds, "max_length_q": 3}
+    row = pack([([0] * n, [0, 1, 1][:n]) for n in (2, 3)], "cpu")
+    known = row["attention"]
     line = refused(lambda: packed_attention(None, x, x, x, None, **known, **{name: x}))
     assert f"this model's attention has {name}, which" in line
     assert packed_attention(None, x, x, x, None, **known, **{name: None})[0].shape == (1, 5, 2, 8)
+
+
+# ---- a prompt that stands in the row once --------------------------------------------------------
+
+
+def pairs_with_prompts(seed=1, lengths=((9, 14, 5), (1, 3, 20), (17, 1, 2), (4, 9, 9))):
+    """Pairs (real, generated) of sequences (ids, mask), of (prompt, real, generated) tokens."""
+    rng = random.Random(seed)
+
+    def some(n):
+        return [rng.randrange(61) for _ in range(n)]
+
+    pairs = []
+    for p, r, g in lengths:
+        prompt = some(p)
+        pairs.append([(prompt + some(n), [0] * p + [1] * n) for n in (r, g)])
+    return pairs
+
+
+def branched(pairs):
+    """All real ones, all generated ones; and what pack has to know of their prompts."""
+    sequences = [pair[half] for half in (0, 1) for pair in pairs]
+    shared = [(k, 0) for k in range(len(pairs))]
+    shared += [(k, mask.count(0)) for k, (_, (_, mask)) in enumerate(pairs)]
+    return sequences, shared
+
+
+def bottom_right(q, k, v, ranges, scaling, sides, softcap, aligned="bottom right"):
+    """What FlashAttention's variable-length kernels compute, by their definition: sequence by
+    sequence, each query at the place that the alignment gives it among its keys."""
+    q_bounds, k_bounds, q_longest, k_longest = ranges
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    lengths = [(b[1:] - b[:-1]).tolist() for b in (q_bounds, k_bounds)]
+    assert (q_longest, k_longest) == tuple(map(max, lengths))
+    out = []
+    parts = zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
+    for one_q, one_k, one_v in parts:
+        behind = len(one_k) - len(one_q) if aligned == "bottom right" else 0
+        scores = torch.einsum("qhd,khd->hqk", one_q, one_k) * scaling
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        for i in range(len(one_q)):
+            last = i + behind + sides[1]
+            scores[:, i, last + 1 :] = -torch.inf
+            if sides[0] >= 0:
+                scores[:, i, : max(0, i + behind - sides[0])] = -torch.inf
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), one_v))
+    return torch.cat(out)
+
+
+PACKABLE = [kind for kind in KINDS if kind not in WAYS]
+
+
+@pytest.mark.parametrize("kernel", ["padded", "torch"])
+@pytest.mark.parametrize("kind", PACKABLE)
+def test_log_probs_and_gradients_with_each_prompt_once_are_those_of_each_sequence_alone(
+    kind, kernel, monkeypatch
+):
+    """ "torch" stands for both kernels of CUDA, by their definition."""
+    monkeypatch.setattr(attention, "kernel_for", lambda *args: kernel)
+    monkeypatch.setitem(attention.KERNELS, "torch", bottom_right)
+    model = build(kind)
+    sequences, shared = branched(pairs_with_prompts())
+    row = pack(sequences, "cpu", shared)
+    prompts = sum(skip for _, skip in shared)
+    assert row["input_ids"].shape[1] == sum(len(ids) for ids, _ in sequences) - prompts
+    wanted = one_by_one(model, sequences)
+    with packed(model):
+        got = sequence_logps(model, **row)
+        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-4)
+        wanted_gradient = gradient(wanted, model)
+        error = gradient(got, model) - wanted_gradient
+        assert error.norm() < 1e-4 * wanted_gradient.norm()
+    # control: aligned top left, as SDPA's own causal mask is, a branch would see too little
+    with packed(model), torch.no_grad():
+        top_left = functools.partial(bottom_right, aligned="top left")
+        monkeypatch.setattr(attention, "kernel_for", lambda *args: "torch")
+        monkeypatch.setitem(attention.KERNELS, "torch", top_left)
+        got = sequence_logps(model, **row)
+        assert torch.allclose(got[:4], wanted[:4], rtol=1e-5, atol=1e-4)
+        assert not torch.isclose(got[4:], wanted[4:], rtol=1e-3).any()
+
+
+def test_the_real_answer_is_not_seen_by_the_generated_one_nor_the_other_way_round():
+    model = build("grouped queries")
+    pairs, others = pairs_with_prompts(1), pairs_with_prompts(2)
+    mixed = []
+    for (real, generated), (other, _) in zip(pairs, others, strict=True):
+        n = real[1].count(0)
+        mixed.append([(real[0][:n] + other[0][n:], real[1]), generated])
+    with packed(model), torch.no_grad():
+        first, second = (
+            sequence_logps(model, **pack(sequences, "cpu", shared))
+            for sequences, shared in map(branched, (pairs, mixed))
+        )
+    assert torch.equal(first[4:], second[4:]) and (first[:4] != second[:4]).all()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_padded_branch_gives_no_nan_where_some_are_short_and_others_long(window):
+    """Queries that only pad must not see nothing: softmax over nothing is NaN, and 0 × NaN too."""
+    model = build("sliding window" if window else "llama")
+    if window:
+        model.config.sliding_window = window
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = window
+    sequences, shared = branched(pairs_with_prompts(lengths=((30, 2, 1), (2, 3, 25))))
+    with packed(model):
+        got = gradient(sequence_logps(model, **pack(sequences, "cpu", shared)), model)
+    wanted = gradient(one_by_one(model, sequences), model)
+    assert (got - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_token_logps_are_log_softmax_and_so_is_their_gradient_in_blocks_of_any_size():

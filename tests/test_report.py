@@ -236,6 +236,7 @@ def test_the_report_of_a_run_with_a_baseline_says_who_is_ahead_and_draws_the_kno
     _, _, images = parsed(page)
     assert "right answers in the SFT set" in words(images[0][1])
     recipe = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.sha256").unlink()
     (run / "recipe.json").write_text(json.dumps({**recipe, "right_share": 0.0}))  # control
     report.main([*MICRO, "--run", str(run)])
     _, _, images = parsed((run / "report.html").read_text())

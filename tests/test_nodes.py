@@ -1,0 +1,91 @@
+"""Two nodes: two torchrun agents on this machine, with one disk between them."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import MICRO, REPO, user_environment
+from test_train import fresh, metrics
+
+pytestmark = pytest.mark.long
+
+
+def start_two(run, *flags) -> list[subprocess.Popen]:
+    """Iteration 0 of train.py on two agents of two ranks each, --replicas 2: a copy a node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"--master_addr 127.0.0.1 --master_port {free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *where.split()]
+    stage = ["--nproc_per_node", "2", "--", "train.py", *MICRO, "--run", str(run), "--iter", "0"]
+    nodes = []
+    for rank in ("0", "1"):
+        whole = [*command, "--node_rank", rank, *stage, "--replicas", "2", *flags]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        nodes.append(subprocess.Popen(whole, cwd=REPO, env=user_environment(), **pipes))
+    return nodes
+
+
+def wait_for_steps(run, number: int):
+    """Until so many steps were taken."""
+    path = run / "iter0" / "metrics.jsonl"
+    begun = time.monotonic()
+    while not path.exists() or len(metrics(run / "iter0")) < number:
+        assert time.monotonic() - begun < 200
+        time.sleep(0.02)
+
+
+def ranks_of(node) -> list[int]:
+    """The processes of an agent's ranks."""
+    found = subprocess.run(["pgrep", "-P", str(node.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_two_nodes_with_a_copy_each_have_the_losses_of_one_process(played, tmp_path):
+    run = fresh(played, tmp_path / "run")
+    nodes = start_two(run)
+    said = [node.communicate(timeout=280)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    one = [row["loss"] for row in metrics(played / "iter0")]
+    two = [row["loss"] for row in metrics(run / "iter0")]
+    assert two == pytest.approx(one, rel=1e-4)
+    other = [row["loss"] for row in metrics(played / "iter1")]
+    assert two != pytest.approx(other[: len(two)], rel=1e-4)  # control
+
+
+def test_sigterm_to_one_node_makes_both_checkpoint_and_leave(played, tmp_path):
+    run = fresh(played, tmp_path / "run")
+    nodes = start_two(run, "--checkpoint-every", "999", "--epochs", "40")
+    wait_for_steps(run, 3)
+    nodes[1].terminate()
+    said = [node.communicate(timeout=60)[1] for node in nodes]
+    (done,) = (path.name for path in (run / "iter0" / "checkpoint").iterdir())
+    assert int(done) == len(metrics(run / "iter0")) >= 3
+    assert not (run / "iter0" / "model").exists()
+    # the agents' own exit code is 1; the ranks' stand in torchrun's report
+    assert [node.returncode for node in nodes] == [1, 1]
+    assert set(re.findall(r"exitcode *: (\S+)", said[0])) == {"143"}
+    assert sum("SIGTERM: stopped after" in text for text in said) == 1  # rank 0 speaks
+
+
+def test_where_a_node_is_killed_the_ranks_of_the_other_end_within_a_minute(played, tmp_path):
+    run = fresh(played, tmp_path / "run")
+    nodes = start_two(run, "--checkpoint-every", "2", "--epochs", "40")
+    wait_for_steps(run, 5)
+    left = ranks_of(nodes[0])
+    assert len(left) == 2
+    lost = [nodes[1].pid, *ranks_of(nodes[1])]
+    begun = time.monotonic()
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    while any(os.path.exists(f"/proc/{pid}") for pid in left):
+        assert time.monotonic() - begun < 60
+        time.sleep(0.1)
+    said = nodes[0].communicate(timeout=400)[1]
+    assert nodes[0].returncode == 1
+    lines = [line for line in said.splitlines() if "another rank has left" in line]
+    assert 1 <= len(lines) <= 2 and "Traceback" not in said.split("another rank has left")[0]
