@@ -34,7 +34,7 @@ from spin.figures import figures_by_prompt, read_held_out, same_tokens
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl, write_whole
 from spin.flags import parse
 from spin.intervals import COLUMNS, summarise
-from spin.models import refuse_what_cannot_be_trained
+from spin.probe import refuse_what_cannot_be_trained
 from spin.run import hash_of_data, iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
 

@@ -27,8 +27,8 @@ from spin.codec import load_codec
 from spin.distributed import barrier, next_chunk, process_group
 from spin.files import io_errors_in_one_line, read_jsonl, write_json, write_jsonl
 from spin.flags import ITER, parse
-from spin.models import load_frozen, refuse_what_cannot_be_trained
-from spin.probe import probe
+from spin.models import load_frozen
+from spin.probe import probe, refuse_what_cannot_be_trained
 from spin.run import iteration_folder, list_of, save_recipe, starting_model
 from spin.sampling import sample, uniforms
 from spin.selection import counts_line, select

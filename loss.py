@@ -83,7 +83,7 @@ def sequence_logps(
         logits_to_keep=predictors,
         **attention,
     ).logits.squeeze(0)  # (K, V)
-    logps = token_logps(logits, labels)  # (K,)
+    logps = _TokenLogps.apply(logits, labels, True)  # (K,); nobody else has these logits
     # not index_add: on a GPU its order, and so its sum, varies
     return torch.stack([y.sum() for y in logps.split(counts)])
 
@@ -93,17 +93,19 @@ def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     logits (…, T, V) of any float dtype; labels (…, T), already shifted: logits[…, t, :] predicts
     labels[…, t]. Returns (…, T) in fp32 (float64 for float64 logits)."""
-    return _TokenLogps.apply(logits.flatten(0, -2), labels.flatten()).view(labels.shape)
+    return _TokenLogps.apply(logits.flatten(0, -2), labels.flatten(), False).view(labels.shape)
 
 
 class _TokenLogps(torch.autograd.Function):
     """The same as log_softmax and gather, gradient included, without their fp32 copies of logits.
 
     For a large vocabulary those copies are what memory runs out of; a few tokens at a time need
-    little."""
+    little. in_place: the gradient takes the logits' memory; torch then refuses whatever would still
+    need them, such as a second backward pass."""
 
     @staticmethod
-    def forward(ctx, logits, labels):  # (N, V), (N,)
+    def forward(ctx, logits, labels, in_place):  # (N, V), (N,)
+        ctx.in_place = in_place
         ctx.block = max(1, 2**22 // logits.shape[-1])  # tokens: 16 MiB in fp32
         blocks = logits.split(ctx.block)
         normaliser = torch.cat([at_least_fp32(block).logsumexp(-1) for block in blocks])  # (N,)
@@ -113,10 +115,10 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # d log p(y) / d logit_v = 1[v = y] − p(v)
         logits, labels, normaliser = ctx.saved_tensors
-        result = torch.empty_like(logits)
+        result = logits if ctx.in_place else torch.empty_like(logits)
         for start in range(0, len(logits), ctx.block):
             block = slice(start, start + ctx.block)
             g = gradient[block, None]
             p = (at_least_fp32(logits[block]) - normaliser[block, None]).exp_()
             result[block] = p.mul_(-g).scatter_add_(-1, labels[block, None], g)
-        return result, None
+        return result, None, None

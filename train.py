@@ -9,8 +9,8 @@
 
 Reads θ_t and the generated.jsonl of iterations t and t − 1; writes into RUN/iter{t}/
 opponent.jsonl, metrics.jsonl and model/, which is θ_{t+1} (SFT: RUN/sft/iter{t}/, and no
-opponent.jsonl). A rerun resumes from the last checkpoint; on the CPU with the same ranks and
-threads it ends with the same bytes as an uninterrupted run.
+opponent.jsonl; with --lora-rank adapter/ too). A rerun resumes from the last checkpoint; on the CPU
+with the same ranks and threads it ends with the same bytes as an uninterrupted run.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from torch.optim import RMSprop
 from tqdm import tqdm
 
 from loss import sequence_logps, sft_loss, spin_loss
-from spin import checkpoint, checks, metrics, signs
+from spin import checkpoint, checks, lora, metrics, signs
 from spin.codec import load_codec
 from spin.distributed import (
     barrier,
@@ -83,6 +83,7 @@ def main(argv=None):
         iteration = Iteration(t, out, of_rank_0(made_from(theta_t, pairs, recipe)))
         checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
         model, folder = load_empty(theta_t, recipe, world)
+        lora.add_adapters(model, theta_t, recipe, t, world)  # with --lora-rank, in full without
         shard(model, recipe, world)
         read_weights(model, folder, recipe, world)
         probe(model, recipe, world)

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/simulate.py                 all tables; minutes on one core
     python benchmarks/simulate.py --shape 7b --ranks 8 --micro-tokens 4096 --no-recompute
+    python benchmarks/simulate.py --shape 7b --ranks 1 --micro-tokens 4096 --lora-rank 16
     python benchmarks/simulate.py --lengths 200 300 200 --batch-size 64 --shape 7b --ranks 16
     python benchmarks/simulate.py --beside 100m      a real step on this CPU, simulated and measured
 
@@ -52,6 +53,7 @@ import train_gpu
 from train_memory import formula
 
 import train
+from spin import lora
 from spin.distributed import World, process_group
 from spin.models import make_room, without_weights
 from spin.packing import packed
@@ -269,6 +271,10 @@ def follow_steps(config, recipe: Recipe, pairs, world, scoring: bool = False) ->
     Runs on fake tensors inside pretended, else on real ones with random weights."""
     recipe = recipe.at(0)
     model = without_weights(config, None)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    there = mock.patch.object(lora, "stored_shapes", lambda folder: shapes)  # no files are
+    with there, _disable_current_modes(), contextlib.redirect_stdout(io.StringIO()):
+        lora.add_adapters(model, ".", recipe, 0, world)
     train.shard(model, recipe, world)
     make_room(model, recipe, world)
     optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
@@ -276,7 +282,8 @@ def follow_steps(config, recipe: Recipe, pairs, world, scoring: bool = False) ->
     for weight in model.parameters():
         torch.nn.init.normal_(weight.to_local(), std=0.02)
         meter.follow(weight.to_local(), "weights")
-        weight.grad = torch.zeros_like(weight)
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
     optimizer.step()  # makes the moments, which every step but a run's first finds there
     optimizer.zero_grad()
     for x in tensors([list(state.values()) for state in optimizer.state.values()]):
@@ -284,7 +291,8 @@ def follow_steps(config, recipe: Recipe, pairs, world, scoring: bool = False) ->
 
     def name_gradients(*_):
         for weight in model.parameters():
-            meter.follow(weight.grad.to_local(), "gradients")
+            if weight.requires_grad:
+                meter.follow(weight.grad.to_local(), "gradients")
 
     optimizer.register_step_pre_hook(name_gradients)
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
@@ -333,6 +341,7 @@ class Setting:
     batch_size: int = 0
     lengths: tuple[int, int, int] = LENGTHS
     share: bool = True  # each prompt once, as train.py has it for families that allow it
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -373,6 +382,7 @@ def prepared(setting: Setting):
         micro_tokens=setting.micro_tokens,
         replicas=setting.replicas,
         recompute=setting.recompute,
+        lora_rank=setting.lora_rank,
     )
     pairs = make_pairs(batch, setting.lengths, config.vocab_size)
     if setting.share:
@@ -400,6 +410,7 @@ MEMORY_ROWS = (
     Setting("360m", 1, micro_tokens=2048),
     Setting("1b", 1),
     Setting("7b", 1, micro_tokens=2048),
+    Setting("7b", 1, micro_tokens=4096, lora_rank=16),
     Setting("7b", 8, micro_tokens=2048),
     Setting("7b", 8),
     Setting("7b", 8, micro_tokens=4096, recompute=False),
@@ -422,7 +433,7 @@ def gpus(setting: Setting) -> str:
 
 def by_formula(setting: Setting) -> str:
     """GB a rank by the formula of docs/memory-and-speed.md, without the process."""
-    if not setting.recompute:
+    if not setting.recompute or setting.lora_rank:
         return "none"
     config = SHAPES[setting.shape]()
     number = max(1, setting.micro_tokens // tokens_of_a_pair(setting))  # of pairs in a pass
@@ -450,7 +461,8 @@ def print_memory(rows):
     print("|---" * (6 + len(KINDS)) + "|")
     for setting in rows:
         peak = simulate(setting).peak()
-        cells = [setting.shape, gpus(setting), str(setting.micro_tokens)]
+        name = setting.shape + f", rank {setting.lora_rank}" * bool(setting.lora_rank)
+        cells = [name, gpus(setting), str(setting.micro_tokens)]
         cells.append("yes" if setting.recompute else "no")
         cells += [f"{x / 1e9:.1f}" for x in (sum(peak.values()), *peak.values())]
         cells.append(by_formula(setting))
@@ -477,6 +489,18 @@ def print_steps(rows, roofline: Roofline):
         cells.append(f"{logits / 1e9:.2f}: {logits / roofline.memory * 1e3:.2f}")
         cells += [f"{x:.2f}" for x in (*seconds, max(seconds))]
         print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_sampling(setting: Setting, slots: int = 16, length: int = 2048):
+    """What generate.py and evaluate.py need of the same GPU: by a formula, not simulated."""
+    config = SHAPES[setting.shape]()
+    weights = sum(p.numel() for p in without_weights(config, None).parameters())
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * width  # keys and values
+    cells = [2 * weights, 2 * a_token * length * slots]  # bf16
+    weights, keys = (f"{x / 1e9:.1f} GB" for x in cells)
+    print(f"\nSampling, in turn with training, needs at least {weights} of weights and {keys} of")
+    print(f"keys and values, for {slots} slots of {length:,} tokens.")
 
 
 def print_iterations(roofline: Roofline):
@@ -519,6 +543,7 @@ def main(argv=None):
         ("replicas", "whole copies of the sharded model"),
         ("micro_tokens", "tokens of a rank in a pass"),
         ("batch_size", "pairs in a step; 0: as many as fill two passes of each rank"),
+        ("lora_rank", "rank of LoRA's adapters; 0: all weights are trained"),
     ):
         flag = "--" + name.replace("_", "-")
         usual = getattr(Setting, name)
@@ -542,9 +567,10 @@ def main(argv=None):
         return print_beside(args.beside)
     if args.shape:
         numbers = (args.ranks, args.replicas, args.micro_tokens, args.recompute, args.batch_size)
-        rows = [Setting(args.shape, *numbers, tuple(args.lengths), args.share)]
+        rows = [Setting(args.shape, *numbers, tuple(args.lengths), args.share, args.lora_rank)]
         print_memory(rows)
         print_steps(rows, roofline)
+        print_sampling(rows[0])
     else:
         print_memory(MEMORY_ROWS)
         for rows in (MEMORY_ROWS, STEP_ROWS):

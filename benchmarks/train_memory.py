@@ -176,7 +176,7 @@ def formula(
     gathered = (wide + 4) * (2 * block + root)
     width = config.hidden_size * (config.num_hidden_layers + 16) + 5 * config.intermediate_size
     inside = wide * tokens * width
-    logits = 2 * wide * responses * config.vocab_size
+    logits = wide * responses * config.vocab_size  # their gradient takes their place
     return process + (kept + gathered + inside + logits) / 2**20
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 
+from spin import lora
 from spin.checksums import write_list, write_listed
 from spin.distributed import World, barrier, first_cause
 from spin.files import fail, read_json, read_jsonl, write_json, write_jsonl, write_whole
@@ -65,7 +66,8 @@ def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: Wo
     part = folder / f"{step}.part"
     if world.rank == 0:
         shutil.rmtree(part, ignore_errors=True)  # of a kill, maybe with more ranks
-    weights, moments = states.get_state_dict(model, optimizer)
+    barrier()
+    weights, moments = what_is_trained(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
     mine = [path.name for path in part.glob(f"__{world.rank}_*")] + [".metadata"][world.rank :]
     write_list(part / f"{world.rank}.sha256", part, mine)
@@ -98,7 +100,7 @@ def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
     step = latest_step(iteration)
     if step:
         folder = iteration.folder / "checkpoint"
-        weights, moments = states.get_state_dict(model, optimizer)
+        weights, moments = what_is_trained(model, optimizer)
         reader = dcp.FileSystemReader(folder / str(step))
         try:
             reader.read_metadata()  # where it cannot, dcp.load would print a traceback
@@ -108,7 +110,13 @@ def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
             mend = f"delete {folder} to start this iteration anew"
             found = f"{type(cause).__name__}: {str(cause)[:200]}"
             fail(f"{folder / str(step)} is damaged ({found}): {mend}")
-        states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        states.set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=weights,
+            optim_state_dict=moments,
+            options=state_options(model),
+        )
     return step
 
 
@@ -122,26 +130,64 @@ def restore_metrics(iteration: Iteration, done: int):
 def export(model, tokenizer, folder: Path, pairs: list[str], world: World):
     """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
     Beside it pairs.json: the foreign pairs that it was made from; model.sha256: its checksums."""
-    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = states.get_model_state_dict(model, options=options)
+    weights = states.get_model_state_dict(model, options=state_options(model, whole=True))
+    weights = lora.adapters_in(model, weights)
     for second in second_names(model):
         weights.pop(second, None)
     if world.rank == 0:
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part, state_dict=weights)
+        if lora.is_adapted(model):
+            lora.write_merged(model, weights, part)
+            write_adapter(model, weights, folder.with_name("adapter"))
+        else:
+            model.save_pretrained(part, state_dict=weights)
         try:
             # several templates stay in one file: a name such as "tools/v2" is none of a file
             several = isinstance(tokenizer.chat_template, dict)
             tokenizer.save_pretrained(part, save_jinja_files=not several)
         except Exception as problem:  # Rust's OSError is none
             raise OSError(problem) from None
-        for path in part.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())  # before the checkpoint goes
+        sync(part)  # before the checkpoint goes
         write_json(folder.with_name("pairs.json"), {"pairs": pairs}, write=write_listed)
         write_list(folder.with_name("metrics.sha256"), folder.parent, ["metrics.jsonl"])
         write_list(folder.with_suffix(".sha256"), part, model_files(part))
         part.rename(folder)
     barrier()
+
+
+def write_adapter(model, weights, folder: Path):
+    """adapter/ beside model/, whole, with its checksums."""
+    part = folder.with_name(folder.name + ".part")
+    for old in (part, folder):  # of a kill
+        shutil.rmtree(old, ignore_errors=True)
+    lora.write_adapters(model, weights, part)
+    sync(part)
+    write_list(folder.with_suffix(".sha256"), part, [path.name for path in part.iterdir()])
+    part.rename(folder)
+
+
+def sync(folder: Path):
+    """Have all files of a folder on disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def state_options(model, whole: bool = False):
+    """torch's options for reading and setting weights: all of them, or with adapters these alone.
+    whole: gathered in rank 0's host memory."""
+    adapted = lora.is_adapted(model)
+    return states.StateDictOptions(
+        full_state_dict=whole,
+        cpu_offload=whole,
+        ignore_frozen_params=adapted,
+        strict=not adapted,
+    )
+
+
+def what_is_trained(model, optimizer) -> tuple[dict, dict]:
+    """The rank's part of the weights and of the optimizer's moments, for a checkpoint."""
+    weights, moments = states.get_state_dict(model, optimizer, options=state_options(model))
+    return lora.adapters_in(model, weights), moments

@@ -35,9 +35,11 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 
 def read_list(listed: Path) -> dict[str, str]:
-    """{name: SHA-256} of a list; a torn line of it says nothing."""
+    """{name: SHA-256} of a list. Where a line of it is damaged it names the list itself, which is
+    then like no checksum."""
     text = listed.read_text(encoding="utf-8", errors="replace") if listed.exists() else ""
-    return {name: digest for digest, name in re.findall("^([0-9a-f]{64})  (.+)$", text, re.M)}
+    known = {name: digest for digest, name in re.findall("^([0-9a-f]{64})  (.+)$", text, re.M)}
+    return known if len(known) == len(text.splitlines()) else {**known, listed.name: "none"}
 
 
 def unlike(folder: Path, wanted: dict[str, str]) -> str | None:
@@ -54,9 +56,8 @@ def check_list(folder: Path, listed: Path, names, otherwise: str):
     wanted = {name: known.get(name, "none") for name in names}
     if CHECKS_FILES and (name := unlike(folder, wanted)):
         path = Path(os.path.normpath(folder / name))
-        how = (
-            ("damaged, or was changed" if name in known else "new") if path.exists() else "missing"
-        )
+        how = "damaged, or was changed" if name in known else "new"
+        how = how if path.exists() else "missing"
         if name.endswith(".sha256"):
             anew = f"if the model was trained anew delete {listed.parent}"
             otherwise = f"write it anew (docs/run-directory.md); {anew}"
@@ -68,8 +69,9 @@ def check_run_files(run: Path):
     """Refuse a listed file that has changed: the first look of each stage and of the loop. Models
     and checkpoints are large, so who reads one checks it; a missing file is its reader's to refuse.
     """
-    numbered = [path for path in run.glob("**/iter*") if path.name[4:].isdigit()]
-    for listed in sorted(x for folder in (run, *numbered) for x in folder.glob("*.sha256")):
+    numbered = [*run.glob("iter*"), *run.glob("sft/iter*")]
+    folders = [run, *(path for path in numbered if path.name[4:].isdigit())]  # not a user's copy
+    for listed in sorted(x for folder in folders for x in folder.glob("*.sha256")):
         # what model.sha256 lists lies in model/, so none of it is found here
         paths = {name: Path(os.path.normpath(listed.parent / name)) for name in read_list(listed)}
         there = [name for name, path in paths.items() if path.exists()]

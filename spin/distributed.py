@@ -18,6 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from spin.files import fail, fail_for_io
 
+# what gloo says where another rank is gone
+LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
+
 
 @dataclass(frozen=True)
 class World:
@@ -47,9 +50,10 @@ def process_group():
     except (OSError, SafetensorError, CheckpointException) as problem:
         fail_for_io(first_cause(problem))
     except RuntimeError as problem:  # gloo's, whose type says no more; nccl lets torchrun end us
-        if "onnection closed by peer" not in str(problem):
+        if not any(words in str(problem) for words in LOST):
             raise
-        time.sleep(10)  # if it was of this node, torchrun ends this one before, without a word
+        # if it was of this node, torchrun ends this one before; else one a node speaks
+        time.sleep(10 if os.environ.get("LOCAL_RANK") == "0" else 30)
         raise SystemExit(f"rank {rank}: another rank has left, see its message") from None
     finally:
         dist.destroy_process_group()
@@ -57,11 +61,11 @@ def process_group():
 
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        # glibc should keep freed blocks: returned to the kernel, they come back as zeroed pages,
-        # which costs a sixth of a step on a CPU. But the largest, logits, would lie in pieces
+        # glibc should keep large freed blocks: returned to the kernel, they come back as zeroed
+        # pages, which costs a sixth of a step on a CPU
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:
-            mallopt(-3, 2**26)  # M_MMAP_THRESHOLD
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         return torch.device("cpu")
     gpus = torch.cuda.device_count()

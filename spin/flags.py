@@ -105,6 +105,8 @@ def _check_values(recipe: Recipe):
     for item in recipe.template_kwargs:
         if recipe.template != "chat" or "=" not in item:
             fail(f"--template-kwargs {item}: name=value is wanted, and --template chat")
+    if not recipe.lora_rank and (recipe.lora_targets or recipe.lora_alpha != Recipe.lora_alpha):
+        fail("--lora-targets and --lora-alpha with --lora-rank 0: give a rank, or leave them out")
     try:
         datetime.date.fromisoformat(recipe.date)
     except ValueError:

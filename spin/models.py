@@ -87,44 +87,45 @@ def load_frozen(name: str, recipe, world: World):
     return model
 
 
+def local_folder(name: str, revision: str | None) -> str:
+    """The folder of a model's config and weights; those of a hub model are downloaded."""
+    if Path(name).is_dir():
+        return name
+    files = ["*.json", "model*.safetensors"]
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=files)
+    except Exception as problem:
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+
+
+def stored_shapes(folder: str) -> dict:
+    """{name: shape} of the weights in a model's files."""
+    try:
+        stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception as problem:
+        fail(f"cannot load the model {folder}: {type(problem).__name__}: {str(problem)[:300]}")
+    return {name: weight.size for name, weight in stored.items()}
+
+
 def load_empty(name: str, recipe, world: World):
     """A model to train, without memory for its weights, and the folder for read_weights.
     Where the names in the files are not the modules' (transformers renames or merges weights of
     some families), or files or weights lie there that it would not read, every rank lets
     transformers read the whole model into host memory first."""
-    revision = recipe.revision_of(name)
-    files = ["*.json", "model*.safetensors"]
-    folder = name
+    folder = local_folder(name, recipe.revision_of(name))
     try:
-        if not Path(name).is_dir():
-            folder = snapshot_download(name, revision=revision, allow_patterns=files)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = without_weights(config, attention_name(recipe, world, config))
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+        stored = stored_shapes(folder)
     except Exception as problem:
         fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
     second = second_names(model)
     shapes = {n: w.shape for n, w in model.state_dict().items() if n not in second}
-    same = shapes == {n: w.size for n, w in stored.items()}
-    if not same or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
+    if shapes != stored or weight_files(Path(folder)) != sorted(Path(folder).glob("*.safetensors")):
         return load_whole(name, recipe, world, torch.float32), folder
     return model, folder
-
-
-def refuse_what_cannot_be_trained(name: str, recipe):
-    """End with one line where no run can finish with a model, for the stages that come before
-    train.py: by its config alone."""
-    revision = recipe.revision_of(name)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        refuse_missing_attention(config, recipe.attention)
-        model = without_weights(config, None)
-    except Exception as problem:
-        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
-    blocks_of(model, recompute=False)
-    refuse_moving_angles(config, recipe.max_length)
 
 
 def refuse_moving_angles(config, longest: int):
@@ -163,16 +164,16 @@ def read_weights(model, folder: str, recipe, world: World):
     make_room(model, recipe, world)
     second = second_names(model)
     weights = {n: w for n, w in get_model_state_dict(model).items() if n not in second}
+    # a layer with adapters (spin/lora.py) has its own weight one level down
+    weights = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
     dcp.load(weights, storage_reader=HuggingFaceStorageReader(folder))
 
 
 def make_room(model, recipe, world: World):
     """Memory for the weights of a sharded model that was made without; nothing is read into it."""
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    model.to_empty(device="cpu" if recipe.offload else world.device)
-    for name, buffer in buffers.items():  # computed, not stored: to_empty has lost them
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, buffer.to(world.device))
+    device = "cpu" if recipe.offload else world.device
+    # as to_empty, but buffers and adapters, which are computed and not stored, stay
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
 
 
 def blocks_of(model, recompute: bool) -> list:

@@ -28,14 +28,38 @@ import contextlib
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig
 
 from loss import sequence_logps, token_logps
 from spin.files import fail
-from spin.models import compute_dtype, name_of, refuse_moving_angles
+from spin.lora import add_adapters
+from spin.models import (
+    blocks_of,
+    compute_dtype,
+    name_of,
+    refuse_missing_attention,
+    refuse_moving_angles,
+    without_weights,
+)
 from spin.packing import pack, packed
 
 FACTOR = 8  # times the measured rounding; the models of tests/families.py stay below 1
 STRETCH = 16  # tokens
+
+
+def refuse_what_cannot_be_trained(name: str, recipe):
+    """End with one line where no run can finish with a model, for the stages that come before
+    train.py: by its config, and with --lora-rank by the names in its files."""
+    revision = recipe.revision_of(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        refuse_missing_attention(config, recipe.attention)
+        model = without_weights(config, None)
+    except Exception as problem:
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+    blocks_of(model, recompute=False)
+    add_adapters(model, name, recipe, t=0)
+    refuse_moving_angles(config, recipe.max_length)
 
 
 @torch.no_grad()
@@ -51,7 +75,9 @@ def probe(model, recipe, world):
         row = [before, middle, behind, *branches]
         in_row = packed_logps(model, row, half, world.device)
         beside_other = packed_logps(model, [before, other, *row[2:]], half, world.device)
-    alone = [plain_logps(model, ids, world.device) for ids in row]
+    alone = []
+    for ids, ours in zip(row, in_row, strict=True):
+        alone.append(plain_logps(model, ids, world.device)[-len(ours) :])
     eps = torch.finfo(compute_dtype(recipe.dtype, world.device)).eps
     with moved_embeddings(model, eps):
         moved = plain_logps(model, before, world.device)
@@ -104,9 +130,11 @@ def random_sequences(config, longest: int) -> list[list[int]]:
 
 def packed_logps(model, sequences: list[list[int]], shared: int, device) -> list[torch.Tensor]:
     """log p of each sequence's tokens from the second on, by the very call that trains. The fourth,
-    if there is one, is a branch: its first `shared` tokens are the second's."""
+    if there is one, is a branch: its first `shared` tokens are the second's. These tokens are not
+    looked at, so that there are no more logits than without a branch."""
     kept = []  # the model's output: sequence_logps gives sums, in which a small leak may vanish
-    masks = [[0] + [1] * (len(ids) - 1) for ids in sequences]
+    begins = [1, max(1, shared), 1, max(1, shared)][: len(sequences)]
+    masks = [[0] * n + [1] * (len(ids) - n) for ids, n in zip(sequences, begins, strict=True)]
     prompts = [(0, 0), (1, 0), (2, 0), (1, shared)][: len(sequences)]
     row = pack(list(zip(sequences, masks, strict=True)), device, prompts)
     sequence_logps(lambda **inputs: kept.append(model(**inputs)) or kept[0], **row)

@@ -83,6 +83,13 @@ class Recipe:
     clip: float = knob(1.0, "largest gradient norm; 1.0 in the authors' code base", POSITIVE)
     max_length: int = knob(2048, "longest prompt and response together, in tokens", POSITIVE)
 
+    # adapters in the place of full fine-tuning (spin/lora.py): ours, the paper trains all weights
+    lora_rank: int = knob(0, "rank of LoRA's adapters; 0: all weights are trained", NOT_NEGATIVE)
+    lora_alpha: float = knob(16.0, "adapters count alpha / rank times", POSITIVE)
+    lora_targets: tuple[str, ...] = knob(
+        (), "layers that get adapters, as q_proj; none: all linear ones of the blocks"
+    )
+
     # the machine's knobs: they change speed and memory, and no more of the result than rounding
     slots: int = free(64, "answers in progress at once on a rank; 64 in Appendix B.1", POSITIVE)
     micro_tokens: int = free(8192, "tokens a rank in a pass; a longer pair goes alone", POSITIVE)

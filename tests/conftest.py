@@ -1,10 +1,12 @@
 """Fixtures: the demo model as θ_0, and a micro recipe that runs an iteration in a second."""
 
+import gc
 import json
 import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -64,8 +66,11 @@ def as_in_a_shell(call, path: Path) -> tuple[int, str]:
     """A call's exit code and all that a shell shows of it on stderr, what libraries log included,
     which pytest keeps from there. Seconds faster than a shell: a fork, that has all modules loaded.
     path: a file for stderr."""
+    gc.collect()  # a process group that a fork collects waits for threads that it does not have
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), path.read_text()
+    gc.disable()
+    signal.alarm(200)  # ends a fork that hangs
     code = 1
     try:
         sys.stderr = open(path, "w")  # noqa: SIM115 – open until the process ends

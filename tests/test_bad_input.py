@@ -373,6 +373,10 @@ KNOBS = knobs(f"""
 --split "" | FLAG must not be empty
 --eval-split "" | FLAG must not
 --recompute=maybe; --offload=1 | FLAG
+--lora-rank -1; --lora-rank 0.5; --lora-alpha 0; --lora-alpha inf | FLAG
+--lora-alpha 8; --lora-targets q_proj | FLAG
+--lora-targets q_proj nothing --lora-rank 4 | 'nothing' is no linear layer of
+--lora-rank 400 | the smaller side of model.layers.0.
 --sft-baseline 3 | arguments: 3
 """)
 
@@ -500,6 +504,18 @@ def softcapped(tmp, played):
     return "generate", tmp / "run", flags
 
 
+def adapted(build):
+    """generate.py with adapters for another model."""
+
+    def lay_out(tmp, played):
+        shutil.copytree(THETA0, tmp / "model")
+        build().save_pretrained(tmp / "model")
+        flags = ["--iter", "0", "--model", tmp / "model", "--lora-rank", "2"]
+        return "generate", tmp / "run", flags
+
+    return lay_out
+
+
 CHANGED_MODELS = {
     "no config.json": (remove("config.json"), "config.json"),
     "half a config.json": (cut("config.json", 40), "cannot load the tokenizer and config"),
@@ -554,7 +570,15 @@ MODELS = {
     "an attention that the model lacks": (
         softcapped,
         "Gemma2ForCausalLM cannot use --attention sdpa: use --attention auto",
-    )
+    ),
+    "adapters for weights that have another name in the files": (
+        adapted(lambda: tiny("Llama").model),
+        "do not hold model.layers.0.self_attn.q_proj alone under this name",
+    ),
+    "adapters where peft takes a layer for experts": (
+        adapted(lambda: tiny("DeepSeek-V3")),
+        "peft cannot adapt ",
+    ),
 }
 
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -621,6 +645,10 @@ RUNS = {
     "of another recipe": (
         run(nothing, "generate", 2, "--lam", "3", "--seed", "7"),
         "seed: 0 there, 7 asked; lam: ",
+    ),
+    "of another rank of adapters": (
+        run(nothing, "train", 1, "--lora-rank", "4"),
+        "lora_rank: 0 there, 4 asked",
     ),
     "of another theta_0": (
         run(nothing, "generate", 2, "--model", THETA0),

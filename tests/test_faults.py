@@ -169,6 +169,17 @@ def test_a_flipped_bit_in_a_model_of_a_run_is_refused_by_whatever_program_takes_
     assert lost in refused(lambda: main([*map(str, flags)]))
 
 
+@pytest.mark.parametrize("name", ["prompts", "iter1/generated", "iter0/model", "theta_0"])
+def test_a_list_with_a_damaged_line_is_named(name, played, tmp_path, refused):
+    run = tmp_path / "run"
+    shutil.copytree(played, run)
+    listed = run / f"{name}.sha256"
+    content = listed.read_bytes()
+    listed.write_bytes(content[:6] + b"!" + content[7:])
+    line = refused(lambda: stage("generate", run, "--iter", 2))
+    assert f"error: {listed} is damaged, or was changed" in line
+
+
 def test_a_model_behind_a_link_is_checked_too(played, tmp_path, refused):
     shutil.copytree(played / "iter0", tmp_path / "iter0")
     (tmp_path / "link").symlink_to(tmp_path / "iter0" / "model")
@@ -236,6 +247,22 @@ generate.save_recipe = slow
 generate.main()""")
     done = torchrun(2, str(script), *MICRO, "--run", tmp_path / "run", "--iter", "0")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_what_a_kill_left_of_a_checkpoint_is_gone_before_any_rank_looks(played, tmp_path):
+    run = fresh(played, tmp_path / "run")
+    part = run / "iter0" / "checkpoint" / "2.part"
+    part.mkdir(parents=True)
+    (part / ".metadata").touch()
+    script = tmp_path / "slow.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
+import shutil, time, train
+rmtree = shutil.rmtree
+shutil.rmtree = lambda *args, **keywords: (time.sleep(1), rmtree(*args, **keywords))
+train.main()""")
+    done = torchrun(2, str(script), *MICRO, "--run", run, "--iter", "0")
+    assert done.returncode == 0 and "existing checkpoint" not in done.stderr, done.stderr
 
 
 # ---- a machine that is taken away, a disk that is full, a rank that dies -------------------------

@@ -19,7 +19,7 @@ from conftest import REPO
 
 STAGES = {"generate", "train", "evaluate"}
 # packages that only one room imports, and only when they are asked for
-ROOM_OF = {"lm_eval": "spin.lm_harness", "matplotlib": "spin.pictures"}
+ROOM_OF = {"lm_eval": "spin.lm_harness", "matplotlib": "spin.pictures", "peft": "spin.lora"}
 
 TOP_LEVEL = ["evaluate.py", "generate.py", "loss.py", "train.py"]
 TOP_LEVEL_LINES = 660  # together; they had 600 when the house was built

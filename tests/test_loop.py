@@ -109,6 +109,13 @@ def test_the_paper_recipe_without_enough_gpus_stops_with_one_line_that_names_the
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: the paper recipe needs 8 GPUs")
     assert f"found {gpus}" in line and "demo" in line
+    if gpus:  # with adapters one is enough: what stops it now is the model
+        command += ["--lora-rank", "16", "--model", tmp_path]
+        line = shell(*command, env=with_gpus(tmp_path, gpus)).stderr
+        assert (
+            line == f"error: {tmp_path} holds no config.json: --model wants a transformers"
+            " folder or a hub id\n"
+        )
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import loss as loss_module
 from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps
 from spin.codec import make_codec
 from spin.packing import pack
@@ -158,3 +159,25 @@ def test_the_first_gradient_of_spin_is_half_lambda_times_sfts_less_the_score_of_
     real, generated = (sequence_logps(model, **pack([s], "cpu")) for s in sequences[:2])
     wanted = -0.15 * gradient(real.sum()) + 0.15 * gradient(generated.sum())
     assert torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max())
+
+
+def test_the_gradient_takes_the_place_of_the_logits_and_what_still_needs_them_is_refused():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(5, 8), torch.randn(8, 30, requires_grad=True)
+    labels = torch.randint(30, (5,))
+    grads = []
+    for in_place in (False, True):
+        logits = hidden @ head
+        loss = -loss_module._TokenLogps.apply(logits, labels, in_place).sum()
+        grads += torch.autograd.grad(loss, head, retain_graph=True)
+        if in_place:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, head)
+        else:  # control
+            grads += torch.autograd.grad(loss, head)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    logits = hidden @ head
+    square = (logits**2).sum()
+    both = square + loss_module._TokenLogps.apply(logits, labels, True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        both.backward()

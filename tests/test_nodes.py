@@ -68,7 +68,7 @@ def test_sigterm_to_one_node_makes_both_checkpoint_and_leave(played, tmp_path):
     assert not (run / "iter0" / "model").exists()
     # the agents' own exit code is 1; the ranks' stand in torchrun's report
     assert [node.returncode for node in nodes] == [1, 1]
-    assert set(re.findall(r"exitcode *: (\S+)", said[0])) == {"143"}
+    assert set(re.findall(r"exitcode *: (\d+)", said[0])) == {"143"}
     assert sum("SIGTERM: stopped after" in text for text in said) == 1  # rank 0 speaks
 
 
@@ -87,5 +87,5 @@ def test_where_a_node_is_killed_the_ranks_of_the_other_end_within_a_minute(playe
         time.sleep(0.1)
     said = nodes[0].communicate(timeout=400)[1]
     assert nodes[0].returncode == 1
-    lines = [line for line in said.splitlines() if "another rank has left" in line]
-    assert 1 <= len(lines) <= 2 and "Traceback" not in said.split("another rank has left")[0]
+    assert said.count("another rank has left") == 1
+    assert "Traceback" not in said.split("another rank has left")[0]

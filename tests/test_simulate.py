@@ -76,6 +76,23 @@ def test_the_simulated_peak_is_that_of_a_real_run(monkeypatch):
     assert total(simulated.__wrapped__(SMALL)) > 1.02 * peak
 
 
+def test_the_simulated_peak_and_flops_with_adapters_are_those_of_a_real_run(monkeypatch):
+    adapted = dataclasses.replace(SMALL, lora_rank=8)
+    found = simulated(adapted)
+    assert total(found) == pytest.approx(total(real(adapted)), rel=0.02)
+    assert total(found) < 0.8 * total(simulated(SMALL))  # control
+    at_peak = found.peak()
+    assert at_peak["moments"] < 1.2 * at_peak["gradients"] < 0.5 * at_peak["weights"]
+    monkeypatch.setattr(simulate, "Meter", TorchsCounter)
+    assert found.flops["products"] == real(adapted).get_total_flops()
+
+
+@pytest.mark.long
+def test_7b_with_adapters_fits_a_card_of_24_gb():
+    setting = Setting("7b", 1, micro_tokens=4096, lora_rank=16)
+    assert total(simulate.simulate(setting)) < 22e9
+
+
 def only_births(change):
     """Meter.change, but what is given back while its storage lives on is not noticed."""
 
