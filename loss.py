@@ -100,8 +100,8 @@ class _TokenLogps(torch.autograd.Function):
     """The same as log_softmax and gather, gradient included, without their fp32 copies of logits.
 
     For a large vocabulary those copies are what memory runs out of; a few tokens at a time need
-    little. in_place: the gradient takes the logits' memory; torch then refuses whatever would still
-    need them, such as a second backward pass."""
+    little. in_place: the gradient takes the logits' memory, unless the graph is retained; torch
+    then refuses whatever would still need them."""
 
     @staticmethod
     def forward(ctx, logits, labels, in_place):  # (N, V), (N,)
@@ -115,7 +115,8 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # d log p(y) / d logit_v = 1[v = y] − p(v)
         logits, labels, normaliser = ctx.saved_tensors
-        result = logits if ctx.in_place else torch.empty_like(logits)
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        result = logits if ctx.in_place and not kept else torch.empty_like(logits)
         for start in range(0, len(logits), ctx.block):
             block = slice(start, start + ctx.block)
             g = gradient[block, None]
