@@ -318,11 +318,7 @@ def make_pairs(n: int, lengths, vocabulary: int) -> list[dict]:
     pairs = []
     for i in range(n):
         x = rng.integers(3, vocabulary, prompt)
-        pair = {"id": i, "iter": 0, "index": i, "shared": 0}
-        for half, answer in zip(("real", "generated"), answers, strict=True):
-            ids = np.concatenate([x, rng.integers(3, vocabulary, answer)]).astype(np.int32)
-            pair[half] = ids, (np.arange(len(ids)) >= prompt).astype(np.int8)
-        pairs.append(pair)
+        pairs.append(train_gpu.pair_of(i, x, answers, rng, vocabulary))
     return pairs
 
 

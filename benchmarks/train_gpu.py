@@ -72,6 +72,15 @@ KNOBS = {  # a row of the table -> what differs from --recompute --micro-tokens 
 }
 
 
+def pair_of(i: int, prompt, lengths, rng, vocabulary: int) -> dict:
+    """A pair as spin.pairs.encode_pairs gives it, with answers of these lengths."""
+    pair = {"id": i, "iter": 0, "index": i, "shared": 0}
+    for name, length in zip(("real", "generated"), lengths, strict=True):
+        ids = np.concatenate([prompt, rng.integers(3, vocabulary, length)]).astype(np.int32)
+        pair[name] = ids, (np.arange(len(ids)) >= len(prompt)).astype(np.int8)
+    return pair
+
+
 def make_pairs(n: int, vocabulary: int, seed: int = 0) -> list[dict]:
     """n pairs of random ids, as spin.pairs.encode_pairs gives them."""
     rng = np.random.default_rng(seed)
@@ -81,12 +90,7 @@ def make_pairs(n: int, vocabulary: int, seed: int = 0) -> list[dict]:
         real = draw_length(rng, 270, 0.7, 1200)
         generated = draw_length(rng, 220, 0.7, 256)
         x = rng.integers(3, vocabulary, prompt)
-        pair = {"id": i, "iter": 0, "index": i, "shared": 0}
-        for half, length in (("real", real), ("generated", generated)):
-            y = rng.integers(3, vocabulary, length)
-            ids = np.concatenate([x, y]).astype(np.int32)
-            pair[half] = ids, np.array([0] * prompt + [1] * length, np.int8)
-        pairs.append(pair)
+        pairs.append(pair_of(i, x, (real, generated), rng, vocabulary))
     return pairs
 
 

@@ -34,7 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpu
-from train_gpu import SHAPES, flops, matmul_rate
+from train_gpu import SHAPES, flops, matmul_rate, pair_of
 
 import train
 from spin.distributed import process_group
@@ -59,15 +59,6 @@ def make_pairs(n: int, vocabulary: int, prompt=(50, 150), half=(200, 601)) -> li
         x = rng.integers(3, vocabulary, rng.integers(*prompt))
         pairs.append(pair_of(i, x, rng.integers(*half, 2) - len(x), rng, vocabulary))
     return pairs
-
-
-def pair_of(i: int, prompt, lengths, rng, vocabulary: int) -> dict:
-    """A pair as spin.pairs.encode_pairs gives it, with answers of these lengths."""
-    pair = {"id": i, "iter": 0, "index": i, "shared": 0}
-    for name, length in zip(("real", "generated"), lengths, strict=True):
-        ids = np.concatenate([prompt, rng.integers(3, vocabulary, length)]).astype(np.int32)
-        pair[name] = ids, (np.arange(len(ids)) >= len(prompt)).astype(np.int8)
-    return pair
 
 
 def pairs_of_lengths(lengths: str, n: int, vocabulary: int) -> list[dict]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -95,6 +96,22 @@ def as_in_a_shell(call, path: Path) -> tuple[int, str]:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def start_two_nodes(script, ranks: int, *flags) -> list[subprocess.Popen]:
+    """A script on two nodes with a shared disk: two torchrun agents on this machine, each with so
+    many ranks; stderr is kept."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"--master_addr 127.0.0.1 --master_port {free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *where.split()]
+    nodes = []
+    for rank in ("0", "1"):
+        own = ["--node_rank", rank, "--nproc_per_node", ranks, "--", script, *flags]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        node = [*map(str, (*command, *own))]
+        nodes.append(subprocess.Popen(node, cwd=REPO, env=user_environment(), **pipes))
+    return nodes
 
 
 def torchrun_command(ranks: int, program: str, *flags: str) -> list[str]:

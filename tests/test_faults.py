@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from conftest import (
     THETA0,
     shell,
     stage,
+    start_two_nodes,
     torchrun,
     torchrun_command,
     user_environment,
@@ -423,17 +423,8 @@ train.main()""")
 
 
 def two_nodes(script, run):
-    """Two torchrun agents on this machine, as two nodes with a shared disk: (exit code, stderr)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"--master_addr 127.0.0.1 --master_port {free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *where.split()]
-    flags = ["--nproc_per_node", "1", "--", str(script), *MICRO, "--run", str(run), "--iter", "0"]
-    nodes = []
-    for rank in ("0", "1"):
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        node = [*command, "--node_rank", rank, *flags]
-        nodes.append(subprocess.Popen(node, cwd=REPO, env=user_environment(), **pipes))
+    """Iteration 0 on two nodes of one rank each: their exit codes, and what they say on stderr."""
+    nodes = start_two_nodes(script, 1, *MICRO, "--run", run, "--iter", 0)
     errors = [node.communicate(timeout=280)[1] for node in nodes]
     return [node.returncode for node in nodes], errors
 

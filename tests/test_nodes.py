@@ -3,31 +3,21 @@
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import MICRO, REPO, user_environment
+from conftest import MICRO, start_two_nodes
 from test_train import fresh, metrics
 
 pytestmark = pytest.mark.long
 
 
 def start_two(run, *flags) -> list[subprocess.Popen]:
-    """Iteration 0 of train.py on two agents of two ranks each, --replicas 2: a copy a node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"--master_addr 127.0.0.1 --master_port {free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *where.split()]
-    stage = ["--nproc_per_node", "2", "--", "train.py", *MICRO, "--run", str(run), "--iter", "0"]
-    nodes = []
-    for rank in ("0", "1"):
-        whole = [*command, "--node_rank", rank, *stage, "--replicas", "2", *flags]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        nodes.append(subprocess.Popen(whole, cwd=REPO, env=user_environment(), **pipes))
-    return nodes
+    """Iteration 0 of train.py on two nodes of two ranks each, --replicas 2: a copy a node."""
+    return start_two_nodes(
+        "train.py", 2, *MICRO, "--run", run, "--iter", 0, "--replicas", 2, *flags
+    )
 
 
 def wait_for_steps(run, number: int):
