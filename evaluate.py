@@ -38,6 +38,7 @@ from spin.probe import refuse_what_cannot_be_trained
 from spin.run import hash_of_data, iteration_folder, made_by, save_recipe, starting_model
 from spin.selection import counts_line
 
+BESIDE = ("by_prompt.jsonl", "answers.jsonl")  # what a run has beside eval.json
 FLAGS = (
     ("--iter", {"type": int, "help": "evaluate what iteration t made"}),
     ("--theta0", {"action": "store_true", "help": "evaluate theta_0"}),
@@ -48,20 +49,20 @@ FLAGS = (
 )
 
 
-@io_errors_in_one_line
+@io_errors_in_one_line()
 def main(argv=None):
     recipe, args = parse(argv, __doc__, *FLAGS)
-    check_flags(args)
     policy, opponent, t, out = whom_to_evaluate(recipe, args)
     of_a_run = args.iter is not None or args.theta0
     write = write_listed if of_a_run else write_whole
     asked = {"tasks": args.tasks, "limit": args.limit}
-    if not args.tasks:
-        asked["eval_data"] = hash_of_data(recipe.eval_data)
+    asked |= {} if args.tasks else {"eval_data": hash_of_data(recipe.eval_data)}
     made_from = made_by(recipe, policy, opponent, asked)
     if out and out.exists():
         checks.same_result(out, made_from)
-        return print(f"{out} is there already: nothing to do")
+        beside = [out.with_name(name) for name in BESIDE if of_a_run and not args.tasks]
+        if all(path.exists() for path in beside):  # one that was lost is made again
+            return print(f"{out} is there already: nothing to do")
     if args.tasks:
         result = lm_harness.run_benchmarks(policy, recipe, args.tasks, args.limit)
         if out and result:  # rank 0's
@@ -101,8 +102,8 @@ def write_by_prompt(out, pairs, table, shown):
     rows = []
     for pair, figures in zip(pairs, table.tolist(), strict=True):
         rows.append({"id": pair["id"], **dict(zip(COLUMNS, figures, strict=True))})
-    write_jsonl(out.with_name("by_prompt.jsonl"), rows, write=write_listed)
-    write_jsonl(out.with_name("answers.jsonl"), shown, write=write_listed)
+    for name, content in zip(BESIDE, (rows, shown), strict=True):
+        write_jsonl(out.with_name(name), content, write=write_listed)
 
 
 def check_flags(args):
@@ -125,6 +126,7 @@ def check_flags(args):
 
 def whom_to_evaluate(recipe, args):
     """(policy, opponent or None, t of the game's λ and random numbers, file to write or None)."""
+    check_flags(args)
     run, t = args.run, args.iter
     if t is None and not args.theta0:
         opponent = args.opponent and checks.model_folder(args.opponent)

@@ -36,7 +36,7 @@ from spin.sources import read_rows
 from spin.tokens import decode
 
 
-@io_errors_in_one_line
+@io_errors_in_one_line()
 def main(argv=None):
     recipe, args = parse(argv, __doc__, ITER)
     run, t = args.run, args.iter

@@ -64,11 +64,12 @@ from spin.selection import counts_line, select_pairs
 PAIRS = ("--pairs", {"nargs": "+", "default": [], "help": "train on these, not the run's own"})
 
 
-@io_errors_in_one_line
+@io_errors_in_one_line()
 def main(argv=None):
     recipe, args = parse(argv, __doc__, ITER, PAIRS)
     run, t = args.run, args.iter
-    checks.before_training(recipe, run, t, args.pairs)
+    foreign = [hash_of_data(source) for source in args.pairs]
+    checks.before_training(recipe, run, t, foreign)
     out = iteration_folder(run, t, recipe.objective)
     if (out / "model").is_dir():
         shutil.rmtree(out / "checkpoint", ignore_errors=True)  # left if killed after the export
@@ -76,7 +77,6 @@ def main(argv=None):
     theta_t = starting_model(recipe, run, t, recipe.objective)
     codec = load_codec(theta_t, recipe)
     pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
-    foreign = [hash_of_data(source) for source in args.pairs]
     knobs = recipe.at(t)  # lam, lr and mix are numbers from here on
 
     with process_group() as world:

@@ -48,7 +48,7 @@ STAGES = [("generate", 0), ("train", 0), ("generate", 1), ("train", 1), ("evalua
 DAMAGE = ["flip", "cut", "cut at a line", "remove"]
 KINDS = ["kill one rank", "kill all", "SIGTERM", "disk full", *DAMAGE]
 OF_AN_ITERATION = shlex.split(
-    "generated.json opponent.json opponent.jsonl metrics.jsonl answers.jsonl pairs.json"
+    "generated.json opponent.json opponent.jsonl metrics.jsonl pairs.json"
 )
 GUARDS = ["recipe.json", "prompts.json", "heldout.json"]
 GUARDS += [f"iter{t}/{name}" for t in (0, 1) for name in OF_AN_ITERATION]
@@ -154,8 +154,8 @@ def has_checkpoint(folder: Path) -> bool:
 
 def contents(run: Path) -> dict:
     """What must be the same: every file's bytes, but for speeds; work in progress left out."""
-    # the speeds of metrics.jsonl, and with them its checksum
-    speed = re.compile(rb', "tokens_per_s": [^}]*|[0-9a-f]{64}  metrics.jsonl')
+    # the speeds of metrics.jsonl, and with them its checksum and that of the list of this
+    speed = re.compile(rb', "tokens_per_s": [^}]*|# [0-9a-f]{64}\n[0-9a-f]{64}  metrics.jsonl')
     found = {}
     for path in sorted(run.rglob("*")):
         if path.is_file() and ".part" not in str(path) and "checkpoint" not in path.parts:
@@ -280,7 +280,7 @@ def differences(run: Path, wanted: Path, damaged: Path | None) -> list[str]:
     other = []
     for name in there:
         lost = damaged == run / name and not damaged.exists()
-        lost_guard = lost and name in GUARDS or damaged == run / name and name.endswith(".sha256")
+        lost_guard = lost and (name in GUARDS or name.endswith(".sha256"))
         if here.get(name) != there[name] and not lost_guard:
             other.append(name)
     for path in run.rglob("*"):

@@ -25,16 +25,16 @@ def read_scores(iteration: Iteration, pairs) -> torch.Tensor | None:
     key = path.with_suffix(".json")
     checkpoint = iteration.folder / "checkpoint"
     anew = f"delete {path}, {key} and {checkpoint} to start anew"
-    if not path.exists() or read_json(key, anew) != iteration.made_from:
-        if latest_step(iteration):
-            missing = f"the opponent's scores of {checkpoint} are missing from {iteration.folder}"
-            fail(f"{missing}: delete the checkpoint to start anew")
-        return None
-    found = {(r["iter"], r["id"]): (r["logp_real"], r["logp_generated"]) for r in read_jsonl(path)}
+    found = {}
+    if path.exists() and read_json(key, anew) == iteration.made_from:
+        for r in read_jsonl(path):
+            found[r["iter"], r["id"]] = r["logp_real"], r["logp_generated"]
     wanted = [(pair["iter"], pair["id"]) for pair in pairs]
     if set(found) != set(wanted):
-        mend = f"delete {path.parent} but generated.jsonl, to start it anew"
-        fail(f"{path} does not score this iteration's pairs: {mend}")
+        if latest_step(iteration):
+            missing = f"not all of the opponent's scores of {checkpoint} are in {iteration.folder}"
+            fail(f"{missing}: delete the checkpoint to start anew")
+        return None
     return torch.tensor([found[one] for one in wanted], dtype=torch.float64)
 
 

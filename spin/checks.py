@@ -1,8 +1,8 @@
-"""What a stage refuses before it starts: a damaged, foreign or missing file of the run; and a step
-that is not finite. A stage calls before_…() first; what it refuses ends in one line that says how
-to mend it, exit code 2, and nothing is written. docs/troubleshooting.md lists the messages.
+"""What a stage refuses before it starts: a damaged, foreign or missing file of the run; and after a
+step: what is not finite. A stage calls before_…() first. What it refuses ends in one line that says
+how to mend it, exit code 2, and nothing is written. docs/troubleshooting.md lists the messages.
 
-run_iterations.sh asks, before anything else:
+run_iterations.sh asks, before the first stage:
     python -m spin.checks --recipe demo      prints run directory, iterations, baseline"""
 
 import hashlib
@@ -13,21 +13,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from spin.checksums import CHECKS_FILES, check_list, check_run_files, read_list
+from spin.checksums import CHECKS_FILES, check_list, check_run_files
 from spin.codec import load_codec
 from spin.data import sampled_rows
 from spin.files import AGAIN, fail, io_errors_in_one_line, locate, read_json, weight_files
 from spin.flags import parse
 from spin.recipe import Recipe, fixed_knobs
-from spin.run import (
-    answers_of,
-    hash_of_data,
-    iteration_folder,
-    list_of,
-    model_files,
-    newest_checkpoint,
-    starting_model,
-)
+from spin.run import answers_of, iteration_folder, model_files, newest_checkpoint, starting_model
 
 RESTORE = "restore it, or choose another --run"
 UNLIST = "delete the list, if you changed it yourself"
@@ -41,7 +33,8 @@ def before_generating(recipe: Recipe, run: Path, t: int):
 
 
 def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str]):
-    """The run is whole and this recipe's; θ_t and its answers are there, and belong together."""
+    """The run is whole and this recipe's; θ_t and its answers are there, and belong together.
+    foreign_pairs: hashes of what --pairs names, in the answers' place."""
     run_directory(recipe, run)
     folder = iteration_folder(run, t, recipe.objective)
     if (folder / "model").is_dir():
@@ -49,12 +42,9 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign_pairs: list[str])
     start = theta(recipe, run, t, recipe.objective)
     newest = newest_checkpoint(folder)
     for listed in newest.glob("*.sha256") if newest else ():
-        otherwise = f"delete {newest.parent} to start this iteration anew"
-        check_list(newest, listed, read_list(listed), otherwise)
-    if foreign_pairs:
-        return
+        check_list(newest, listed, f"delete {newest.parent} to start this iteration anew")
     codec = load_codec(start, recipe)
-    for s, path in answers_of(recipe, run, t):
+    for s, path in () if foreign_pairs else answers_of(recipe, run, t):
         same_prompts(run / "prompts.json", sampled_rows(path, s, codec), path)
 
 
@@ -82,13 +72,12 @@ def finite(step: int, passes, grad_norm, model, pairs, iteration, world):
     what, where = next((what, where) for what, where in named if where.any())
     ranks = ", ".join(map(str, where.nonzero().flatten().tolist()))
     # the pairs whose own loss is not finite, on any rank; else all of the step
-    seen = torch.zeros(len(pairs))
-    guilty = torch.zeros(len(pairs))
+    seen, guilty = torch.zeros(2, len(pairs))
     for rows, weight, losses, _ in passes:
         mine = [row["index"] for row in rows]
         seen[mine] += weight
         guilty[mine] += weight * (~losses.isfinite()).float().cpu()
-    chosen = guilty if sum_over_ranks(guilty).any() else sum_over_ranks(seen)
+    chosen = guilty if sum_over_ranks(guilty).any() else sum_over_ranks(seen)  # sums in place
     names = [(pairs[i]["iter"], pairs[i]["id"]) for i in chosen.nonzero().flatten().tolist()]
     some = ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
     kept = f"the last good checkpoint is in {iteration.folder / 'checkpoint'}"
@@ -125,23 +114,23 @@ def run_directory(recipe: Recipe, run: Path):
 def theta(recipe: Recipe, run: Path, t: int, objective: str = "spin") -> str:
     """Where θ_t lies; refuses one that is missing, damaged, or not the run's own θ_0."""
     name = starting_model(recipe, run, t, objective)
-    folder = Path(name)
     maker = f"train.py --iter {t - 1}" + " --objective sft" * (objective == "sft")
-    if t > 0 and not folder.is_dir():
+    if t > 0 and not Path(name).is_dir():
         fail(f"theta_{t} is missing: {name} is made by {maker}, which has not finished")
     otherwise = f"delete {name} and run {maker} again" if t else "choose another --run"
-    return model_folder(name, list_of(run, t, objective), otherwise)
+    return model_folder(name, Path(f"{name}.sha256") if t else run / "theta_0.sha256", otherwise)
 
 
-def model_folder(name: str, listed: Path | None = None, otherwise=UNLIST, weights=True) -> str:
+def model_folder(name: str, listed: Path | None = None, otherwise="", weights=True) -> str:
     """A model's folder or hub id; refuses a folder that holds no transformers model, weights cut
     off by a copy, or files that are not as listed."""
     name = locate(name)
     folder = Path(name)
-    if not listed or not listed.exists():
-        listed = Path(f"{folder.resolve()}.sha256")  # train.py leaves it beside a model
-    if weights and "config.json" in read_list(listed):
-        check_list(folder, listed, {*read_list(listed), *model_files(folder)}, otherwise)
+    beside = Path(f"{folder.resolve()}.sha256")
+    if not listed or not listed.exists():  # with pairs.json it is train.py's, else a user's
+        listed, otherwise = beside if beside.with_name("pairs.json").exists() else None, UNLIST
+    if weights and listed and listed.exists():
+        check_list(folder, listed, otherwise, model_files(folder))
     if folder.exists() and not (folder / "config.json").is_file():
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
@@ -157,10 +146,10 @@ def model_folder(name: str, listed: Path | None = None, otherwise=UNLIST, weight
 
 def same_pairs(folder: Path, foreign_pairs: list[str]):
     """Refuse a finished iteration that was trained on other pairs."""
-    made_from = read_json(folder / "pairs.json", RESTORE).get("pairs", [])
-    if made_from != [hash_of_data(source) for source in foreign_pairs]:
-        mend = "give the same --pairs, or none if it was none, or another --run"
-        fail(f"{folder / 'model'} was made from other pairs: {mend}")
+    path = folder / "pairs.json"
+    if read_json(path, RESTORE).get("pairs") != foreign_pairs:
+        mend = "give the same --pairs (none if it was none), restore it, or choose another --run"
+        fail(f"{path} does not say that {folder / 'model'} was made from these pairs: {mend}")
 
 
 def same_result(out: Path, made_from: dict, record: Path | None = None):
@@ -182,18 +171,19 @@ def same_prompts(path: Path, pairs, source) -> str:
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     mine = json.dumps({"prompts": len(facts), "sha256": sha256}) + "\n"
     if path.exists() and path.read_bytes() != mine.encode():
-        other = f"{len(facts)} pairs in {source} that are not those of {path}"
+        other = f"the {len(facts)} pairs in {source} are not those of {path}"
         fail(f"{other}: it has changed since the run began; {RESTORE}")
     return mine
 
 
-@io_errors_in_one_line
+@io_errors_in_one_line()
 def main(argv=None):
     recipe, args = parse(argv, __doc__)
     run_directory(recipe, args.run)
     model_folder(recipe.model, weights=False)
-    for model in args.run.glob("**/iter*/model"):  # the loop's own have no --pairs
-        same_pairs(model.parent, [])
+    for model in args.run.glob("**/iter*/model"):
+        if model.parent.name[4:].isdigit():  # not a user's copy
+            same_pairs(model.parent, [])  # the loop's own have no --pairs
     print(args.run, recipe.iterations, int(recipe.sft_baseline), sep="\t")
 
 

@@ -48,6 +48,7 @@ def load_codec(name: str, recipe) -> Codec:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         text_config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer("")  # a wrong value in its config shows in use
     except Exception as problem:  # transformers raises many kinds here; each: no usable model
         cause = f"{type(problem).__name__}: {str(problem)[:300]}"
         fail(f"cannot load the tokenizer and config of {name}: {cause}")

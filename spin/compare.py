@@ -21,7 +21,7 @@ B = ("B", {"help": "the model that it is compared with"})
 OUT = ("--out", {"type": Path, "help": "write the result to this file"})
 
 
-@io_errors_in_one_line
+@io_errors_in_one_line()
 def main(argv=None):
     recipe, args = parse(argv, __doc__, A, B, OUT)
     check_out(args.out)

@@ -1,7 +1,7 @@
 """Files: written whole or not at all, read with a line number where they are broken.
 And how a stage ends where something is amiss: one line that begins with `error:`, exit code 2."""
 
-import functools
+import contextlib
 import gzip
 import json
 import os
@@ -33,17 +33,13 @@ def fail_for_io(problem: Exception):
     fail(f"cannot read or write: {problem}; {mend}: what is finished was kept")
 
 
-def io_errors_in_one_line(main):
-    """For a stage's main: an OSError ends it in one line."""
-
-    @functools.wraps(main)
-    def careful(argv=None):
-        try:
-            return main(argv)
-        except OSError as problem:
-            fail_for_io(problem)
-
-    return careful
+@contextlib.contextmanager
+def io_errors_in_one_line():
+    """Around a stage's main: an OSError ends it in one line."""
+    try:
+        yield
+    except OSError as problem:
+        fail_for_io(problem)
 
 
 def write_whole(path: Path, text):
@@ -85,8 +81,7 @@ def read_json(path: Path, mend: str) -> dict:
 
 def read_jsonl(path: Path):
     """The objects of a JSONL file. Ends with file and line number at a line that is not one."""
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    with opened(path, "rb") as file:
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:

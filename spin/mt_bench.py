@@ -35,7 +35,7 @@ QUESTIONS = ("questions", {"metavar": "QUESTIONS", "help": "MT-Bench's question.
 OUT = ("--out", {"type": Path, "metavar": "NAME.jsonl", "help": "where the answers go"})
 
 
-@io_errors_in_one_line
+@io_errors_in_one_line()
 def main(argv=None):
     recipe, args = parse(argv, __doc__, QUESTIONS, OUT)
     check_out(args.out)

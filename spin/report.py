@@ -33,7 +33,7 @@ CURVES = {  # of metrics.jsonl: a picture's axis and its keys
 }
 
 
-@io_errors_in_one_line
+@io_errors_in_one_line()
 def main(argv=None):
     _, args = parse(argv, __doc__)
     check_run_files(args.run)

@@ -51,10 +51,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(there, key=lambda path: int(path.name), default=None)
 
 
-def list_of(run: Path, t: int, objective: str = "spin") -> Path:
+def list_of(run: Path, t: int) -> Path:
     """The list of the checksums of θ_t's files."""
-    folder = iteration_folder(run, t - 1, objective)
-    return folder / "model.sha256" if t else run / "theta_0.sha256"
+    return iteration_folder(run, t - 1) / "model.sha256" if t else run / "theta_0.sha256"
 
 
 def model_files(folder: Path) -> list[str]:

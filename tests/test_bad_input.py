@@ -560,6 +560,10 @@ CHANGED_MODELS = {
         "cannot load the tokenizer",
     ),
     "half a tokenizer": (cut("tokenizer.json", 100), "cannot load the tokenizer"),
+    "a length in words": (
+        tokenizer_config(eos_token="</s>", model_max_length="long"),
+        "cannot load the tokenizer",
+    ),
     "a tokenizer without EOS": (tokenizer_config(), "no EOS"),
     "a tokenizer larger than the model": (config(vocab_size=50), "a token that the model lacks: "),
 }
@@ -656,15 +660,15 @@ RUNS = {
     ),
     "of another theta_0 in the same place": (
         swapped(weights(lambda w: w[UP].mul_(1.01))),
-        "model/model.safetensors is damaged, or was changed, by the checksums in",
+        "model/model.safetensors is damaged, changed or new, by the checksums in",
     ),
     "of another tokenizer in the same place": (
         swapped(rewrite("tokenizer.json", lambda old: old + b" ")),
-        "model/tokenizer.json is damaged, or was changed, by the checksums in",
+        "model/tokenizer.json is damaged, changed or new, by the checksums in",
     ),
     "of a theta_0 that got a chat template": (
         swapped(write("chat_template.jinja", TURNS)),
-        "model/chat_template.jinja is new, by the checksums in",
+        "model/chat_template.jinja is damaged, changed or new, by the checksums in",
     ),
     "of a newer version": (
         run(unlisted(edit("recipe.json", new_knob=1))),
@@ -684,13 +688,13 @@ RUNS = {
     ),
     "half a prompts.json": (
         run(rewrite("prompts.json", lambda old: old[:6] + b"\xff")),
-        "prompts.json is damaged, or was",
+        "prompts.json is damaged, changed",
     ),
     "a run that is a file": (run_is_a_file, "is a file"),
     "training before generating": (command("train", "--iter", "0"), "generate.py --iter 0"),
     "generated.jsonl cut off": (
         run(cut("iter0/generated.jsonl")),
-        "iter0/generated.jsonl is damaged, or was changed, by the checksums in",
+        "iter0/generated.jsonl is damaged, changed or new, by the checksums in",
     ),
     "generated.jsonl cut off, and generated again": (
         run(cut("iter1/generated.jsonl", 99), "generate"),
@@ -710,31 +714,40 @@ RUNS = {
     ),
     "metrics.jsonl cut at a line": (
         run(cut("iter1/metrics.jsonl", 300)),
-        "metrics.jsonl is damaged, or was",
+        "metrics.jsonl is damaged, changed",
     ),
-    "half an opponent.json": (untrained(cut("opponent.json", 9)), "opponent.json is damaged, or"),
+    "half an opponent.json": (
+        untrained(cut("opponent.json", 9)),
+        "opponent.json is damaged, changed",
+    ),
     "half an opponent.json, unlisted": (
         untrained(unlisted(cut("opponent.json", 9))),
         "opponent.json is damaged (",
     ),
     "half a generated.json": (
         run(cut("iter1/generated.json", 9), "generate"),
-        "generated.json is damaged, or was",
+        "generated.json is damaged, changed",
     ),
-    "half a heldout.json": (run(cut("heldout.json", 9), "evaluate"), "heldout.json is damaged, or"),
+    "half a heldout.json": (
+        run(cut("heldout.json", 9), "evaluate"),
+        "heldout.json is damaged, changed",
+    ),
     "answers of another model": (
         run(another_theta_1),
-        "iter0/model.sha256 is damaged, or was changed, by the checksums in",
+        "iter0/model.sha256 is damaged, changed or new, by the checksums in",
     ),
     "other held-out prompts": (held_out, "not those of"),
-    "half an eval.json": (run(cut("iter1/eval.json", 9), "evaluate"), "eval.json is damaged, or"),
+    "half an eval.json": (
+        run(cut("iter1/eval.json", 9), "evaluate"),
+        "eval.json is damaged, changed",
+    ),
     "answers.jsonl cut at a line": (
         run(keep_lines("iter0/answers.jsonl", 4)),
-        "answers.jsonl is damaged, or was",
+        "answers.jsonl is damaged, changed",
     ),
     "opponent.jsonl cut off before training": (
         untrained(cut("opponent.jsonl")),
-        "opponent.jsonl is damaged, or was",
+        "opponent.jsonl is damaged, changed",
     ),
 }
 

@@ -4,6 +4,7 @@ import copy
 import datetime
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from chat_templates import (
     the_old_way,
     tokenizer_of,
 )
-from conftest import stage
+from conftest import THETA0, stage
 from tokenizers import AddedToken, Tokenizer, models, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -29,6 +30,7 @@ from spin import checkpoint, flags
 from spin.codec import load_codec, make_codec
 from spin.data import check_ids
 from spin.files import read_jsonl
+from spin.recipe import Recipe
 from spin.run import save_recipe
 from spin.selection import select
 from spin.tokens import Unusable, decode, split_ids
@@ -247,6 +249,19 @@ def test_a_tokenizer_without_letters_begins_a_text_as_it_does_any_other(single, 
     assert tokenizer("1+2=")["input_ids"][: len(ids)] == ids
     assert ids.count(tokenizer.bos_token_id) == number
     assert tokenizer.convert_ids_to_tokens(answer) == ["3", "</s>"]
+
+
+def test_a_tokenizer_that_cannot_read_every_text_is_loaded_all_the_same(tmp_path):
+    words = {word: number for number, word in enumerate(["</s>", *"0123+="])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words)), eos_token="</s>"
+    )
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("a")
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(THETA0 / "config.json", tmp_path)
+    codec = load_codec(str(tmp_path), Recipe(template="{prompt}", max_length=8))
+    assert codec.end == 0
 
 
 # ---- dates ---------------------------------------------------------------------------------------

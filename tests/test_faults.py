@@ -32,7 +32,7 @@ import evaluate
 import generate
 import train
 from spin import checkpoint, checks, compare, mt_bench, report, signs
-from spin.checksums import is_whole, write_listed
+from spin.checksums import check_list, check_run_files, is_whole, write_list, write_listed
 from spin.files import read_jsonl, write_json
 from spin.models import has_nonfinite
 from spin.slots import pick_token
@@ -137,7 +137,7 @@ def test_a_flipped_bit_in_each_kind_of_file_that_is_read_again_is_refused_by_nam
     try:
         flip(path, before)
         line = refused(lambda: call(reader, run, ["--model", unfinished / "theta"]))
-        assert f"{path} is damaged, or was changed, by the checksums in " in line
+        assert f"{path} is damaged, changed or new, by the checksums in " in line
         assert "restore what was there, or " in line
         if kind in UNSEEN:  # the control: without checksums it is read
             for listed in run.rglob("*.sha256"):
@@ -164,20 +164,58 @@ def test_a_flipped_bit_in_a_model_of_a_run_is_refused_by_whatever_program_takes_
     flags += MICRO
     flip(model / "model.safetensors")
     line = refused(lambda: main([*map(str, flags)]))
-    assert f"{model / 'model.safetensors'} is damaged, or was changed, by the checksums in" in line
+    assert f"{model / 'model.safetensors'} is damaged, changed or new, by the checksums in" in line
     (tmp_path / "iter0" / "model.sha256").unlink()  # as the line says; so it is the control, too
     assert lost in refused(lambda: main([*map(str, flags)]))
 
 
-@pytest.mark.parametrize("name", ["prompts", "iter1/generated", "iter0/model", "theta_0"])
-def test_a_list_with_a_damaged_line_is_named(name, played, tmp_path, refused):
-    run = tmp_path / "run"
-    shutil.copytree(played, run)
-    listed = run / f"{name}.sha256"
-    content = listed.read_bytes()
-    listed.write_bytes(content[:6] + b"!" + content[7:])
-    line = refused(lambda: stage("generate", run, "--iter", 2))
-    assert f"error: {listed} is damaged, or was changed" in line
+@pytest.mark.parametrize("kind", ["answers", "a model", "a checkpoint"])
+def test_any_flipped_bit_in_a_list_is_refused_and_so_is_a_list_that_was_cut(kind, tmp_path, capsys):
+    folder = tmp_path / "iter0"
+    listed = folder / "generated.sha256" if kind == "answers" else tmp_path / "iter0.sha256"
+    names = ["config.json", "generated.json", "generated.jsonl"]
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{}")
+    write_list(listed, folder, names)
+    sound = listed.read_bytes()
+    look = {
+        "answers": lambda: check_run_files(tmp_path),
+        "a model": lambda: checks.model_folder(str(folder), listed),
+        "a checkpoint": lambda: check_list(folder, listed, "delete it"),
+    }[kind]
+    look()
+    for place in range(8 * len(sound)):
+        content = bytearray(sound)
+        content[place // 8] ^= 1 << place % 8
+        listed.write_bytes(content)
+        with contextlib.suppress(SystemExit):
+            look()
+            pytest.fail(f"bit {place} went unseen")
+    for size in range(len(sound)):
+        listed.write_bytes(sound[:size])
+        with pytest.raises(SystemExit):
+            look()
+    lines = set(capsys.readouterr().err.splitlines())
+    mend = "restore what was there, or delete it: its files are taken as they are"
+    assert lines == {
+        f"error: {listed} is damaged, changed or new, by the checksums in {listed}: {mend}"
+    }
+    listed.unlink()  # as told
+    look()
+
+
+@pytest.mark.parametrize("text", [f"{'0' * 64}  config.json\n", "# as released\n", "\n\n"])
+def test_a_users_own_list_beside_a_model_is_no_list_of_ours(text, tmp_path, refused):
+    folder = tmp_path / "llama"
+    shutil.copytree(THETA0, folder)
+    (tmp_path / "llama.sha256").write_text(text)
+    assert checks.model_folder(str(folder))
+    (tmp_path / "pairs.json").touch()  # control
+    write_list(tmp_path / "llama.sha256", folder, ["config.json"])
+    assert "generation_config.json is damaged, changed or new" in refused(
+        lambda: checks.model_folder(str(folder))
+    )
 
 
 def test_a_model_behind_a_link_is_checked_too(played, tmp_path, refused):
@@ -386,6 +424,18 @@ def test_without_its_logs_a_finished_iteration_is_whole_and_a_damaged_one_is_nam
     report.main([*MICRO, "--run", str(run)])
 
 
+@pytest.mark.parametrize("name", ["by_prompt.jsonl", "answers.jsonl", "eval.json"])
+def test_figures_that_were_lost_are_made_again(name, played, tmp_path, capsys):
+    run = shutil.copytree(played, tmp_path / "run")
+    kept = {path: path.read_bytes() for path in (run / "iter0").glob("*.*")}
+    (run / "iter0" / name).unlink()
+    stage("evaluate", run, "--iter", 0)
+    assert "nothing to do" not in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (run / "iter0").glob("*.*")} == kept
+    stage("evaluate", run, "--iter", 0)
+    assert "nothing to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_a_full_disk_is_one_line_where_no_ranks_have_met_too(name, played, tmp_path, capsys):
     shutil.copytree(played, tmp_path / "run")
@@ -496,7 +546,7 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_iteration_ends_with_
         return  # whole lines may have gone: nothing tells
     line = refused(lambda: stage("train", run, "--iter", 1))
     if "unlisted" not in how:
-        found = "damaged, or was changed" if how == "cut" else "missing"
+        found = "damaged, changed or new" if how == "cut" else "missing"
         assert f"{path} is {found}, by the checksums in " in line
     assert "delete" in line or "mend that" in line
     shutil.rmtree(folder)

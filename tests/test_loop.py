@@ -69,7 +69,14 @@ def test_a_signal_to_all_of_the_loops_processes_reaches_a_stage_once(sent, tmp_p
     stub.chmod(0o755)
     environment = {**user_environment(), "PYTHON": str(stub)}
     command = loop(tmp_path)
-    process = subprocess.Popen(command, cwd=REPO, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=REPO,
+        env=environment,
+        start_new_session=True,
+        # under nohup, or behind an &, the tests themselves were started with it ignored
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),
+    )
     while not (tmp_path / "begun").exists():
         assert process.poll() is None
     os.killpg(process.pid, sent)

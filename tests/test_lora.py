@@ -194,9 +194,9 @@ def test_the_next_model_is_a_plain_folder_in_fp32_with_checksums_beside_it(adapt
     moved = {n for n in start if not torch.equal(state[n], start[n])}
     assert moved == {n for n in start if n.split(".")[-2] in LAYERS}
     for name in ("model", "adapter"):
-        listed = read_list(folder / f"{name}.sha256")
-        assert {path.name for path in (folder / name).iterdir()} >= set(listed)
-        assert len(listed) >= 2 and unlike(folder / name, listed) is None
+        listed = folder / f"{name}.sha256"
+        assert {path.name for path in (folder / name).iterdir()} >= set(read_list(listed))
+        assert len(read_list(listed)) >= 2 and unlike(folder / name, listed) is None
     assert {w.dtype for w in adapters(folder).values()} == {torch.float32}
 
 
