@@ -16,6 +16,7 @@ from loss import sequence_logps
 from spin.packing import pack
 
 
+@pytest.mark.long
 def test_the_training_benchmark_prints_a_row_for_each_setting():
     script = "benchmarks/train_gpu.py"
     done = shell(sys.executable, script, "--shape", "tiny", "--steps", "1", "--pairs", "2")

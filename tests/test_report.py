@@ -396,6 +396,7 @@ def test_no_stage_loads_matplotlib():
     assert done.stdout.splitlines() == ["False False", "True True"], done.stderr
 
 
+@pytest.mark.long
 def test_the_ablations_pictures_and_tables_are_those_of_their_figures(tmp_path):
     shutil.copy(REPO / "benchmarks" / "ablations.jsonl", tmp_path)
     done = shell(sys.executable, "benchmarks/ablations.py", "--redraw", "--out", tmp_path)
