@@ -127,8 +127,8 @@ def model_folder(name: str, listed: Path | None = None, otherwise="", weights=Tr
     name = locate(name)
     folder = Path(name)
     beside = Path(f"{folder.resolve()}.sha256")
-    if not listed or not listed.exists():  # with pairs.json it is train.py's, else a user's
-        listed, otherwise = beside if beside.with_name("pairs.json").exists() else None, UNLIST
+    if not (listed and listed.exists()) and beside.with_name("pairs.json").exists():
+        listed, otherwise = beside, UNLIST  # both are train.py's; without pairs.json it is a user's
     if weights and listed and listed.exists():
         check_list(folder, listed, otherwise, model_files(folder))
     if folder.exists() and not (folder / "config.json").is_file():
