@@ -8,15 +8,33 @@ can be taken as it is.
 import torch
 import torch.nn.functional as F
 
-# ℓ of Assumption 5.1: convex, decreasing, ℓ'(0) < 0. Each maps a margin t of any shape to a loss of
-# that shape. The paper trains with the logistic one: it is non-negative, smooth, and its flat tail
-# keeps f of (4.6) from growing without bound. The exponential overflows fp32 (inf) for t < -88.7.
+# The losses ℓ of Assumption 5.1, by the name that --ell takes: a line added here is a loss added.
+# Each maps a margin t of any shape to a loss of that shape. The paper trains with the logistic one:
+# it is non-negative, smooth, and its flat tail keeps f of (4.6) from growing without bound. The
+# exponential overflows fp32 (inf) for t < -88.7.
 ELL = {
     "logistic": lambda t: F.softplus(-t),  # log(1 + exp(-t)), stable for any t
     "hinge": lambda t: F.relu(1 - t),
     "correlation": lambda t: 1 - t,
     "exponential": lambda t: torch.exp(-t),
 }
+
+
+def lacks(ell: str) -> list[str]:
+    """What a loss of ELL lacks of Assumption 5.1 (decreasing, ℓ'(0) < 0, convex), in words.
+
+    Looked for by autograd on [−20, 20]. Empty for the paper's four losses."""
+    t = (torch.arange(-2000, 2001, dtype=torch.float64) / 100).requires_grad_()
+    (slope,) = torch.autograd.grad(ELL[ell](t).sum(), t)
+    found = []
+    # "not all", as NaN is none of these
+    if not (slope <= 0).all():
+        found.append("is not decreasing everywhere on [−20, 20]")
+    if not slope[2000] < 0:
+        found.append("has no negative slope at 0")
+    if not (slope.diff() >= -1e-9).all():  # more than rounding
+        found.append("is not convex on [−20, 20]")
+    return found
 
 
 def spin_loss(
@@ -55,7 +73,8 @@ def sft_loss(policy_real: torch.Tensor) -> torch.Tensor:
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """fp32, or wider where x is: in bf16 neighbouring numbers from 256 on are 2.0 apart."""
+    """fp32, or wider where x is. Log-probabilities of answers are often below −256, and there bf16
+    holds even numbers only."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -70,20 +89,27 @@ def sequence_logps(
 ) -> torch.Tensor:
     """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over y's tokens, not a mean.
 
-    input_ids, position_ids: (1, T), N sequences packed in one row. labels: (K,), the tokens of all
-    y, one y after the other; predictors: (K,), the place in the row before each of them, whose
-    logits predict it. counts: how many of the K belong to each y. Returns (N,).
-    model: a causal transformers model inside spin.packing.packed, which keeps the sequences apart,
-    by what is in attention. spin/packing.py makes the rest."""
+    model: a causal transformers model inside spin.model.packing.packed.
+    input_ids: (1, T), N sequences "prompt, answer" in one row. A prompt that y and y' share may
+    appear only once.
+    position_ids: (1, T), the place of each token in its own sequence.
+    labels: (K,), the tokens of all N answers; prompts are not among them.
+    predictors: (K,), predictors[k] is the index in the row of the token just before labels[k].
+    counts: how many of the K labels belong to each answer; N numbers that add up to K.
+    attention: where each sequence begins and ends, as arguments of the model.
+
+    spin.model.packing.pack makes all but the model. Returns (N,), fp32 or wider. Raises
+    RuntimeError in a second backward pass: the gradient of the first has overwritten the logits."""
     logits = model(
         input_ids=input_ids,
         position_ids=position_ids,
         use_cache=False,
-        # no other logits: vocabulary × prompt is waste
+        # Logits that predict no answer token would only take memory.
         logits_to_keep=predictors,
         **attention,
     ).logits.squeeze(0)  # (K, V)
-    logps = _TokenLogps.apply(logits, labels, True)  # (K,); nobody else has these logits
+    # in_place: no other code holds these logits
+    logps = _TokenLogps.apply(logits, labels, True)  # (K,)
     # not index_add: on a GPU its order, and so its sum, varies
     return torch.stack([y.sum() for y in logps.split(counts)])
 
@@ -91,21 +117,22 @@ def sequence_logps(
 def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """log p(y_t | y_<t, x) of each label, in nats: its logit − log Σ_v exp(logit_v).
 
-    logits (…, T, V) of any float dtype; labels (…, T), already shifted: logits[…, t, :] predicts
+    logits: (…, T, V), of any float dtype. labels: (…, T), already shifted: logits[…, t, :] predicts
     labels[…, t]. Returns (…, T) in fp32 (float64 for float64 logits)."""
     return _TokenLogps.apply(logits.flatten(0, -2), labels.flatten(), False).view(labels.shape)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """The same as log_softmax and gather, gradient included, without their fp32 copies of logits.
+    """log_softmax and gather, gradient included, without their fp32 copies of the logits.
 
-    For a large vocabulary those copies are what memory runs out of; a few tokens at a time need
-    little. in_place: the gradient takes the logits' memory, unless the graph is retained; torch
-    then refuses whatever would still need them."""
+    With a large vocabulary those copies are the first thing to exhaust the memory. Here only a
+    block of tokens at a time is in fp32. in_place: the gradient overwrites the logits. Where other
+    code has saved them for its own gradient, torch raises RuntimeError."""
 
     @staticmethod
     def forward(ctx, logits, labels, in_place):  # (N, V), (N,)
         ctx.in_place = in_place
+        ctx.overwritten = False
         ctx.block = max(1, 2**22 // logits.shape[-1])  # tokens: 16 MiB in fp32
         blocks = logits.split(ctx.block)
         normaliser = torch.cat([at_least_fp32(block).logsumexp(-1) for block in blocks])  # (N,)
@@ -114,9 +141,11 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # d log p(y) / d logit_v = 1[v = y] − p(v)
+        if ctx.overwritten:
+            raise RuntimeError("these logits hold a gradient by now: only one backward pass")
+        ctx.overwritten = ctx.in_place
         logits, labels, normaliser = ctx.saved_tensors
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        result = logits if ctx.in_place and not kept else torch.empty_like(logits)
+        result = logits if ctx.in_place else torch.empty_like(logits)
         for start in range(0, len(logits), ctx.block):
             block = slice(start, start + ctx.block)
             g = gradient[block, None]

@@ -9,7 +9,8 @@
 # on a shared disk.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$here/spin/launch.sh" "$@"  # $python $run $iterations $baseline $flags $did; and stage
+# sets python, run, iterations, baseline and flags, and defines the function `stage`
+source "$here/spin/run/launch.sh" "$@"
 
 # stage RESULT SCRIPT FLAGS…: runs a stage on all ranks, or skips it where its result is there
 stage eval.json evaluate.py --theta0
@@ -23,11 +24,5 @@ for ((t = 0; t < iterations; t++)); do
   fi
 done
 
-# not empty: the report is missing, or older than a result
-newer=$(find "$run" \( -name eval.json -o -name benchmarks.json \) -newer "$run/report.html" \
-  2>/dev/null || echo all)
-if [[ $did == 0 && -z $newer ]]; then
-  echo "nothing to do: $run is complete, see $run/report.html"
-elif [[ ${NODE_RANK:-0} == 0 ]]; then
-  "$python" -m spin.report "${flags[@]}" --run "$run"
-fi
+if [[ $did == 0 ]]; then echo "nothing to do: $run is complete"; fi
+if [[ ${NODE_RANK:-0} == 0 ]]; then "$python" -m spin.report "${flags[@]}" --run "$run"; fi

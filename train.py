@@ -26,40 +26,50 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.optim import RMSprop
 from tqdm import tqdm
 
-from loss import sequence_logps, sft_loss, spin_loss
-from spin import checkpoint, checks, lora, metrics, signs
-from spin.codec import load_codec
-from spin.distributed import (
-    barrier,
-    catch_sigterm,
-    device_mesh,
-    flags_of_all_ranks,
-    of_rank_0,
-    process_group,
-    sum_over_ranks,
-)
-from spin.files import append_jsonl, io_errors_in_one_line, read_jsonl
-from spin.flags import ITER, parse
-from spin.models import blocks_of, clip_gradients, compute_dtype, load_empty, read_weights
-from spin.packing import packed
-from spin.pairs import (
+from loss import lacks, sequence_logps, sft_loss, spin_loss
+from spin import checks
+from spin.data.pairs import (
     batches,
     encode_pairs,
-    made_from,
+    hash_of_pairs,
     micro_batches,
     packed_pairs,
     share_prompts,
 )
-from spin.probe import probe
-from spin.run import (
+from spin.data.selection import counts_line, select_pairs
+from spin.data.text import load_codec
+from spin.files import append_jsonl, io_errors_in_one_line, read_jsonl
+from spin.model import checkpoint, lora
+from spin.model.packing import is_padded, packed
+from spin.model.probe import probe
+from spin.model.weights import (
+    blocks_of,
+    clip_gradients,
+    compute_dtype,
+    export,
+    load_empty,
+    read_weights,
+)
+from spin.recipe import ITER, fixed_knobs, parse
+from spin.report import metrics, trouble
+from spin.run.folders import (
     Iteration,
     answers_of,
-    hash_of_data,
+    fingerprint,
+    hash_of_source,
     iteration_folder,
+    record,
     save_recipe,
     starting_model,
 )
-from spin.selection import counts_line, select_pairs
+from spin.run.ranks import (
+    barrier,
+    catch_sigterm,
+    device_mesh,
+    flags_of_all_ranks,
+    process_group,
+    sum_over_ranks,
+)
 
 PAIRS = ("--pairs", {"nargs": "+", "default": [], "help": "train on these, not the run's own"})
 
@@ -68,7 +78,7 @@ PAIRS = ("--pairs", {"nargs": "+", "default": [], "help": "train on these, not t
 def main(argv=None):
     recipe, args = parse(argv, __doc__, ITER, PAIRS)
     run, t = args.run, args.iter
-    foreign = [hash_of_data(source) for source in args.pairs]
+    foreign = [hash_of_source(source) for source in args.pairs]
     checks.before_training(recipe, run, t, foreign)
     out = iteration_folder(run, t, recipe.objective)
     if (out / "model").is_dir():
@@ -77,58 +87,71 @@ def main(argv=None):
     theta_t = starting_model(recipe, run, t, recipe.objective)
     codec = load_codec(theta_t, recipe)
     pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
-    knobs = recipe.at(t)  # lam, lr and mix are numbers from here on
 
     with process_group() as world:
-        iteration = Iteration(t, out, of_rank_0(made_from(theta_t, pairs, recipe)))
-        checkpoint.latest_step(iteration)  # called to refuse a checkpoint of other pairs, early
-        model, folder = load_empty(theta_t, recipe, world)
-        lora.add_adapters(model, theta_t, recipe, t, world)  # with --lora-rank, in full without
+        facts = {"theta": fingerprint(theta_t, recipe.revision), "pairs": hash_of_pairs(pairs)}
+        iteration = Iteration(t, out, {**facts, "recipe": fixed_knobs(recipe)})
+        checkpoint.refuse_foreign(iteration)
+        model = load_empty(theta_t, recipe)
+        if recipe.lora_rank:
+            dtype = compute_dtype(recipe.dtype, world.device)
+            lora.add_adapters(model, theta_t, recipe, t, dtype)
         shard(model, recipe, world)
-        read_weights(model, folder, recipe, world)
+        read_weights(model, theta_t, recipe, world)
         probe(model, recipe, world)
         # train sets lr at each step. No weight decay: Appendix B.1. No foreach: its temporaries
         # are as large as the rank's part of the model
         optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         barrier()  # nobody writes before everybody has its model
-        with packed(model, recipe.attention) as way:
-            if way == "packed":  # our own attention alone knows branches
+        with packed(model, recipe.attention) as method:
+            if method == "packed":  # only our own attention can share a prompt
                 share_prompts(pairs)
             if world.rank == 0:
                 print(f"theta_{t} ({theta_t}) trains on {len(pairs)} pairs, {recipe.objective}")
                 save_recipe(recipe, run)
+                if recipe.objective == "spin":
+                    for lack in lacks(recipe.ell):
+                        trouble.warn(f"Assumption 5.1 does not hold: --ell {recipe.ell} {lack}")
             out.mkdir(parents=True, exist_ok=True)
+            # Score now: train may load a checkpoint, and after that the model is no longer θ_t.
             scores = None
-            # before train loads a checkpoint: the model is θ_t still
             if recipe.objective == "spin":
-                scores = frozen_scores(model, pairs, knobs, iteration, world)
-            train(model, optimizer, pairs, scores, knobs, iteration, world)
+                scores = frozen_scores(model, pairs, recipe, iteration, world)
+            if world.rank == 0:
+                record(out, **facts, foreign=foreign)
+            train(model, optimizer, pairs, scores, recipe, iteration, world)
+            if recipe.lora_rank:  # the adapters are merged into θ_t, which is read again
+                checks.same_start(out, theta_t, recipe)
             with catch_sigterm():  # SIGTERM has to wait until θ_{t+1} is written
-                checkpoint.export(model, codec.tokenizer, out / "model", foreign, world)
+                export(model, codec.tokenizer, out / "model", theta_t, recipe, world)
         if world.rank == 0:
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
             print(f"{out / 'model'}: theta_{t + 1}")
 
 
-def train(model, optimizer, pairs, scores, knobs, iteration, world):
-    """Steps of RMSProp on (4.7) from the newest checkpoint on: θ_t in, θ_{t+1} out, in place.
+def train(model, optimizer, pairs, scores, recipe, iteration, world):
+    """Train the model in place by RMSProp on (4.7), from θ_t or the newest checkpoint to θ_{t+1}.
     scores (N, 2): the opponent's log p_θt of each pair's real and generated answer; SFT: None."""
-    lam, ell = knobs.lam, knobs.ell  # of (4.7)
-    schedule = all_batches(len(pairs), knobs, iteration.t)
+    numbers = recipe.at(iteration.t)
+    lam, ell = numbers.lam, recipe.ell  # of (4.7)
+    padded = is_padded(model)
+    schedule = all_batches(len(pairs), recipe, iteration.t)
     steps = len(schedule)
     done = checkpoint.load_checkpoint(iteration, model, optimizer)
-    logging = step_log(iteration, scores, knobs, done, steps, world)
+    logging = step_log(iteration, scores, recipe, done, steps, world)
     with catch_sigterm() as sigterm, logging as log:
         for step in range(done, steps):
             begun = time.perf_counter()
-            rate = learning_rate(step, steps, knobs.lr, knobs.warmup)
+            rate = learning_rate(step, steps, numbers.lr, recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
-            # the mean loss's gradient, a micro-batch at a time; weight 0: a pair that only fills up
+
+            # The gradient of the mean loss, one micro-batch at a time. Weight 0 marks a repeated
+            # pair, which is there only so that all ranks do equally many passes.
             passes = []
-            for part, weight in micro_batches(schedule[step], pairs, knobs, world):
-                row = packed_pairs(part, knobs.objective, world.device)
+            for part, weight in micro_batches(schedule[step], pairs, recipe, world, padded):
+                row = packed_pairs(part, recipe.objective, world.device)
                 policy = sequence_logps(model, **row)  # log p_θ(y|x) of all, then (SPIN) of y'
-                if knobs.objective == "sft":
+                if recipe.objective == "sft":
                     losses = sft_loss(policy)  # Eq. (3.1)
                 else:
                     policy_real, policy_generated = policy.chunk(2)
@@ -136,21 +159,22 @@ def train(model, optimizer, pairs, scores, knobs, iteration, world):
                     losses = spin_loss(  # Eq. (4.7)
                         policy_real, policy_generated, opponent_real, opponent_generated, lam, ell
                     )
-                # × world.size undoes FSDP's division: the ranks' shares add up to the global mean
+                # FSDP averages gradients over the ranks; we want their sum, so multiply by the
+                # number of ranks
                 share = losses.sum() * weight * world.size / len(schedule[step])
                 share.backward()
                 passes.append((part, weight, losses.detach(), policy.detach()))
                 losses = policy = policy_real = policy_generated = share = None  # frees the graph
 
             # the update; NaN or infinity ends the run here, before anything is saved
-            norm = clip_gradients(model, knobs.clip)
+            norm = clip_gradients(model, recipe.clip)
             optimizer.step()
             optimizer.zero_grad()
-            checks.finite(step, passes, norm, model, pairs, iteration, world)
+            checks.finite(step, passes, norm, model, iteration, world)
             log(step, passes, norm, rate, begun)
             # a checkpoint where one is due, or where the machine is taken away
             stop = flags_of_all_ranks([bool(sigterm)], world).any()
-            due = (step + 1) % knobs.checkpoint_every == 0 and step + 1 < steps
+            due = (step + 1) % recipe.checkpoint_every == 0 and step + 1 < steps
             if stop or due:
                 checkpoint.save_checkpoint(iteration, step + 1, model, optimizer, world)
             if stop:
@@ -191,12 +215,13 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     first_epoch = batches(len(pairs), recipe, t, epoch)
     for batch in tqdm(first_epoch, desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
-        for part, weight in micro_batches(batch, pairs, recipe, world):
+        for part, weight in micro_batches(batch, pairs, recipe, world, is_padded(model)):
             logps = sequence_logps(model, **packed_pairs(part, "spin", world.device))
             if weight:  # else a pair that only fills up
                 indices = [pair["index"] for pair in part]
                 scores[indices] = logps.view(2, -1).T.double().cpu()  # (B, 2)
-    model.reshard()  # FSDP2 leaves the root unsharded after a pass without gradient
+    # after a pass without gradient FSDP2 keeps the outermost module's weights gathered: free them
+    model.reshard()
     return sum_over_ranks(scores)  # every pair was scored by one rank; the others hold zeros
 
 
@@ -204,7 +229,7 @@ def rows_to_train_on(recipe, args, codec):
     """The rows of the run's own generated.jsonl files, or of the files of --pairs."""
     if not args.pairs:
         own = answers_of(recipe, args.run, args.iter)
-        return itertools.chain.from_iterable(read_jsonl(path) for _, path in own)
+        return itertools.chain.from_iterable(read_jsonl(path) for path in own.values())
     rows, left_out = select_pairs(args.pairs, codec, recipe)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"pairs: {counts_line(left_out)}")
@@ -217,36 +242,36 @@ def all_batches(n: int, recipe, t: int) -> list[list[int]]:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warmup to the peak over a share of the steps, then linear decay, which would reach
-    zero one step after the last. Step 0 moves already.
+    """Linear warmup to the peak over a share of the steps, then linear decay to almost zero. The
+    rate is never exactly zero, neither at the first step nor at the last.
 
     Warmup is Appendix B.1's; the decay is the authors' code's, over the steps that are really
-    taken. Warmup also tames RMSProp, whose first step is 1/√(1 − α) times the rate for want of a
-    bias correction."""
+    taken. Warmup also tames RMSProp, whose first step is 1/√(1 − α) times the rate, because RMSProp
+    has no bias correction."""
     warm = max(1, math.ceil(warmup * steps))
     return peak * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
 
 
 @contextlib.contextmanager
-def step_log(iteration, scores, knobs, done, steps, world):
+def step_log(iteration, scores, recipe, done, steps, world):
     """Yields a function that logs a step: a line of metrics.jsonl, the progress bar, a warning."""
     path = iteration.folder / "metrics.jsonl"
     if world.rank == 0:
         checkpoint.restore_metrics(iteration, done)
-    name = f"{knobs.objective} {iteration.t}"
+    name = f"{recipe.objective} {iteration.t}"
     bar = tqdm(desc=name, unit="step", initial=done, total=steps, disable=world.rank > 0)
     bar.leave = False  # it is not drawn again below the line that says what ended it
     rows = []
 
     def log(step, passes, norm, rate, begun):
-        row = {"step": step, "epoch": step * knobs.epochs // steps}
-        row |= metrics.of_step(passes, scores, knobs)
+        row = {"step": step, "epoch": step * recipe.epochs // steps}
+        row |= metrics.of_step(passes, scores, recipe.objective, recipe.at(iteration.t).lam)
         row |= {"grad_norm": norm.item(), "lr": rate}
         row["tokens_per_s"] = row.pop("tokens") / (time.perf_counter() - begun)
         rows.append(row)
         if world.rank == 0:
             append_jsonl(path, row)
-            signs.warn(signs.new_collapse(rows, iteration.t))
+            trouble.warn(trouble.new_collapse(rows, iteration.t))
         bar.leave = step + 1 == steps
         shown = [name for name in ("loss", "win_rate", "tokens_per_s") if row[name] is not None]
         bar.set_postfix({name: row[name] for name in shown}, refresh=False)

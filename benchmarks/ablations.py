@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import make_demo
 
 from spin.files import read_jsonl, write_jsonl
-from spin.pictures import STYLES, Line, draw_lines, level
+from spin.report.pictures import STYLES, Line, draw_lines
 
 HERE = Path(__file__).resolve().parent
 KEY = "expected_exact_match"
@@ -193,10 +193,13 @@ def over_seeds(rows: list[dict]) -> dict[tuple[str, str], list[tuple[float, floa
 
 def line(label: str, xs, pairs, style: int) -> Line:
     """(mean, standard error) at each x, as a line of a picture."""
-    return Line(label, [(x, *pair) for x, pair in zip(xs, pairs, strict=True)], *STYLES[style])
+    return Line(label, [(x, *pair) for x, pair in zip(xs, pairs, strict=True)], STYLES[style] + "o")
 
 
-RIGHT = "right answers in the SFT set"
+def right_answers(points: list[tuple]) -> Line:
+    """A line to compare with. points: x and the share of right answers in the SFT set."""
+    points = [(x, share, 0) for x, share in points]
+    return Line("right answers in the SFT set", points, STYLES[-1])
 
 
 def pictures(found: dict) -> dict[str, str]:
@@ -221,7 +224,7 @@ def mistakes_picture(found: dict) -> str:
     lines = [
         line("SPIN, θ₄", SHARES, [found[str(p), "spin"][-1] for p in SHARES], 0),
         line("continued SFT, θ₄", SHARES, [found[str(p), "sft"][-1] for p in SHARES], 1),
-        level(RIGHT, [(p, 1 - p / 100) for p in SHARES]),
+        right_answers([(p, 1 - p / 100) for p in SHARES]),
     ]
     ticks = {share: f"{share}%" for share in SHARES}
     title = "Expected exact match by the share of mistakes"
@@ -235,7 +238,7 @@ def iterations_picture(spin, sft, title: str) -> str:
     lines = [
         line("SPIN", models, spin, 0),
         line("continued SFT, same steps", models, sft, 1),
-        level(RIGHT, [(0, right), (models[-1], right)]),
+        right_answers([(0, right), (models[-1], right)]),
     ]
     return draw_lines(title, lines, "model", AXIS)
 

@@ -1,22 +1,21 @@
 """Sampling: the authors' way against ours, in one run; and the memory of generate.py.
 
     OMP_NUM_THREADS=1 python benchmarks/generate.py [--shape demo|30m|7b] [--prompts 512]
-                                  [--slots 64] [--median 100] [--engines …]
+                                  [--slots 64] [--median 100] [--repeats 3]
     OMP_NUM_THREADS=1 python benchmarks/generate.py --memory 50000
 
 Both have the same prompts, model and answer lengths. Authors' way: batches of 16 in the order of
 the data, padded on the left, model.generate with do_sample, at most 256 new tokens; a batch waits
-for its longest answer. Ours: the engines of spin/sampling.py on all prompts at once, longest first
-as in generate.py.
+for its longest answer. Ours: `sample` of spin/sampling/engines.py on all prompts at once, longest
+first as in generate.py.
 
 A random model ends at random, so lengths are set: log-normal (--median tokens, sigma 0.8, cut at
-256). The EOS is forced there and forbidden before, in both by one write a step into the logits' EOS
-column; `paged` lets no processor know its rows, and gets each length as its request's own limit.
-Prompts: random tokens, log-normal too (median 64, at most 512).
+256). The EOS is forced there and forbidden before, in both by one write per step into the logits'
+EOS column. Prompts: random tokens, log-normal too (median 64, at most 512).
 
 `idle`: share of slots × decode steps without a token of an answer. Medians of --repeats,
-interleaved. On a GPU also the limit: the time in which a copy moves the weights once a step of full
-slots, and each token's keys and values, and the share reached.
+interleaved. On a GPU also the limit: the time in which a copy moves the weights once per step of
+full slots, and each token's keys and values, and the share reached.
 --memory: generate.py itself on N short prompts with the demo model, and its resident memory as it
 goes.
 """
@@ -35,13 +34,12 @@ from unittest import mock
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, logging
-from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpu import llama, wait_for_device
 
-from spin import slots as decode_loop
-from spin.sampling import cut_at_eos, sample
+from spin.sampling import slots as decode_loop
+from spin.sampling.engines import cut_at_eos, sample
 
 REPO = Path(__file__).resolve().parent.parent
 SHAPES = {  # the numbers of train_gpu.llama
@@ -54,7 +52,7 @@ LONGEST = 256
 AUTHORS_BATCH = 16
 
 
-# ---- the ways: each returns (the answers' lengths, decode steps or None, slots) --------------
+# ---- the ways: each returns (the answers' lengths, decode steps, slots) ----------------------
 
 
 def authors(model, prompts, lengths, slots):
@@ -115,22 +113,7 @@ def generate(model, prompts, lengths, slots):
     return answers, steps, slots
 
 
-def paged(model, prompts, lengths, slots):
-    """generate_batch; its steps are not told."""
-    limit = {tuple(prompt): length for prompt, length in zip(prompts, lengths, strict=True)}
-    add_request = ContinuousBatchingManager.add_request
-
-    def with_own_limit(self, input_ids, **rest):
-        rest["max_new_tokens"] = limit[tuple(input_ids)]
-        return add_request(self, input_ids, **rest)
-
-    seed = np.random.default_rng(0).random((1, 1))  # all that it takes of the uniform numbers
-    with mock.patch.object(ContinuousBatchingManager, "add_request", with_own_limit):
-        found = sample(model, prompts, -1, LONGEST, seed, slots=slots, engine="paged")
-    return [len(ids) for ids, _ in found], None, slots
-
-
-WAYS = {"authors": authors, "generate": generate, "paged": paged}
+WAYS = {"authors": authors, "generate": generate}
 
 
 # ---- the limit of a GPU ----------------------------------------------------------------------
@@ -181,7 +164,7 @@ def draw_lengths(chance, median: float, most: int, number: int) -> list[int]:
 
 
 def side_by_side(args):
-    """Run all ways in turns on the same prompts, and print the table."""
+    """Run both ways in turns on the same prompts, and print the table."""
     cuda = torch.cuda.is_available()
     if args.shape == "7b" and not cuda:
         sys.exit("error: the 7b shape is for a GPU")
@@ -192,22 +175,21 @@ def side_by_side(args):
     of_prompts = draw_lengths(chance, 64, 512, args.prompts)
     prompts = [chance.integers(3, 80, n).tolist() for n in of_prompts]
     least = least_seconds(model, prompts, lengths, args.slots) if cuda else None
-    names = args.engines or ["authors", "generate", *(["paged"] if cuda else [])]
-    seconds = {name: [] for name in names}
+    seconds = {name: [] for name in WAYS}
     idle = {}
     for _ in range(args.repeats):
-        for name in names:
+        for name, way in WAYS.items():
             begun = time.perf_counter()
-            answers, steps, slots = WAYS[name](model, prompts, lengths, args.slots)
+            answers, steps, slots = way(model, prompts, lengths, args.slots)
             seconds[name].append(time.perf_counter() - begun)
             assert answers == lengths
-            idle[name] = f"{1 - sum(lengths) / (slots * steps):.0%}" if steps else "–"
+            idle[name] = f"{1 - sum(lengths) / (slots * steps):.0%}"
     print_head(args.shape, model, prompts, lengths)
     print_rows(seconds, idle, sum(lengths), args.slots, least)
 
 
 def print_head(shape: str, model, prompts, lengths):
-    """What all have in common."""
+    """What both have in common."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"{shape}: {parameters:.2f}M parameters, {model.dtype}, {len(prompts)} prompts of "
@@ -288,7 +270,6 @@ def main():
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--median", type=float, default=100)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", choices=list(WAYS))
     parser.add_argument("--memory", type=int, metavar="N")
     args = parser.parse_args()
     if args.memory:

@@ -15,14 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from spin import checks
-from spin.codec import load_codec
-from spin.data import sampled_rows
-from spin.distributed import process_group
-from spin.flags import parse
-from spin.models import load_empty, read_weights
-from spin.packing import packed
-from spin.pairs import encode_pairs
-from spin.run import iteration_folder
+from spin.data.pairs import encode_pairs
+from spin.data.rows import sampled_rows
+from spin.data.text import load_codec
+from spin.model.packing import packed
+from spin.model.weights import load_empty, read_weights
+from spin.recipe import parse
+from spin.run.folders import iteration_folder
+from spin.run.ranks import process_group
 
 
 def read_pairs(recipe, run: Path, start: str) -> list[dict]:
@@ -48,9 +48,9 @@ def main():
     start = checks.theta(recipe, args.run, 0)
     pairs = read_pairs(recipe, args.run, start)
     with process_group() as world:
-        model, folder = load_empty(start, recipe, world)
+        model = load_empty(start, recipe)
         train.shard(model, recipe, world)
-        read_weights(model, folder, recipe, world)
+        read_weights(model, start, recipe, world)
         with packed(model, recipe.attention):
             opponent = train.score_opponent(model, pairs, recipe, 0, world)
             same = train.score_opponent(model, pairs, recipe, 0, world)

@@ -4,7 +4,6 @@
     python benchmarks/simulate.py --shape 7b --ranks 8 --micro-tokens 4096 --no-recompute
     python benchmarks/simulate.py --shape 7b --ranks 1 --micro-tokens 4096 --lora-rank 16
     python benchmarks/simulate.py --lengths 200 300 200 --batch-size 64 --shape 7b --ranks 16
-    python benchmarks/simulate.py --beside 100m      a real step on this CPU, simulated and measured
 
 Nothing is copied from train.py: its train() runs, with FSDP's sharding, its micro-batches, its
 optimizer. torch's fake tensors have a shape and a storage, but no memory; torch's fake process
@@ -23,7 +22,6 @@ What comes out is a lower bound ("at least"):
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import io
 import math
@@ -53,13 +51,13 @@ import train_gpu
 from train_memory import formula
 
 import train
-from spin import lora
-from spin.distributed import World, process_group
-from spin.models import make_room, without_weights
-from spin.packing import packed
-from spin.pairs import share_prompts
+from spin.data.pairs import share_prompts
+from spin.model import lora
+from spin.model.packing import packed
+from spin.model.weights import compute_dtype, make_room, without_weights
 from spin.recipe import Recipe
-from spin.run import Iteration
+from spin.run.folders import Iteration
+from spin.run.ranks import World
 
 SHAPES = {
     **train_gpu.SHAPES,
@@ -269,12 +267,11 @@ def pretended(ranks: int, as_on_gpu: bool = True):
 def follow_steps(config, recipe: Recipe, pairs, world, scoring: bool = False) -> Meter:
     """train.train on all pairs, or with scoring the opponent's passes before it, followed.
     Runs on fake tensors inside pretended, else on real ones with random weights."""
-    recipe = recipe.at(0)
-    model = without_weights(config, None)
-    shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    there = mock.patch.object(lora, "stored_shapes", lambda folder: shapes)  # no files are
-    with there, _disable_current_modes(), contextlib.redirect_stdout(io.StringIO()):
-        lora.add_adapters(model, ".", recipe, 0, world)
+
+    model = without_weights(config)
+    if recipe.lora_rank:
+        with _disable_current_modes():
+            lora.add_adapters(model, "", recipe, 0, compute_dtype(recipe.dtype, world.device))
     train.shard(model, recipe, world)
     make_room(model, recipe, world)
     optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
@@ -311,7 +308,7 @@ def follow_steps(config, recipe: Recipe, pairs, world, scoring: bool = False) ->
 
 
 def make_pairs(n: int, lengths, vocabulary: int) -> list[dict]:
-    """n pairs of random ids, as spin.pairs.encode_pairs gives them, all of the same lengths:
+    """n pairs of random ids, as spin.data.pairs.encode_pairs gives them, all of the same lengths:
     (prompt, human answer, generated answer), in tokens."""
     prompt, *answers = lengths
     rng = np.random.default_rng(0)
@@ -336,7 +333,6 @@ class Setting:
     recompute: bool = True
     batch_size: int = 0
     lengths: tuple[int, int, int] = LENGTHS
-    share: bool = True  # each prompt once, as train.py has it for families that allow it
     lora_rank: int = 0
 
 
@@ -369,7 +365,7 @@ class Roofline:
 def prepared(setting: Setting):
     """(config, recipe, pairs) of a setting."""
     config = SHAPES[setting.shape]()
-    a_pass = max(1, setting.micro_tokens // tokens_of_a_pair(setting))
+    a_pass = max(1, setting.micro_tokens // sum(setting.lengths))
     batch = setting.batch_size or 2 * setting.ranks * a_pass
     recipe = Recipe(
         batch_size=batch,
@@ -381,14 +377,8 @@ def prepared(setting: Setting):
         lora_rank=setting.lora_rank,
     )
     pairs = make_pairs(batch, setting.lengths, config.vocab_size)
-    if setting.share:
-        share_prompts(pairs)
+    share_prompts(pairs)
     return config, recipe, pairs
-
-
-def tokens_of_a_pair(setting: Setting) -> int:
-    """Tokens of one pair that pass through the model."""
-    return sum(setting.lengths) + (0 if setting.share else setting.lengths[0])
 
 
 @functools.cache
@@ -432,19 +422,19 @@ def by_formula(setting: Setting) -> str:
     if not setting.recompute or setting.lora_rank:
         return "none"
     config = SHAPES[setting.shape]()
-    number = max(1, setting.micro_tokens // tokens_of_a_pair(setting))  # of pairs in a pass
+    number = max(1, setting.micro_tokens // sum(setting.lengths))  # of pairs in a pass
     if setting.batch_size:
         number = min(number, math.ceil(setting.batch_size / setting.ranks))
     answers = number * sum(setting.lengths[1:])
     shards = setting.ranks // setting.replicas
-    mib = formula(config, number * tokens_of_a_pair(setting), answers, shards, 2, 0)
+    mib = formula(config, number * sum(setting.lengths), answers, shards, 2, 0)
     return f"{mib * 2**20 / 1e9:.1f}"
 
 
 def needed_flops(setting: Setting) -> float:
     """What a rank's pairs of a step need, by train_gpu's formula: nothing computed twice."""
     config, _, pairs = prepared(setting)
-    model = without_weights(config, None)
+    model = without_weights(config)
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     return train_gpu.flops(config, blocks, pairs) / setting.ranks
 
@@ -490,7 +480,7 @@ def print_steps(rows, roofline: Roofline):
 def print_sampling(setting: Setting, slots: int = 16, length: int = 2048):
     """What generate.py and evaluate.py need of the same GPU: by a formula, not simulated."""
     config = SHAPES[setting.shape]()
-    weights = sum(p.numel() for p in without_weights(config, None).parameters())
+    weights = sum(p.numel() for p in without_weights(config).parameters())
     width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     a_token = 2 * config.num_hidden_layers * width  # keys and values
     cells = [2 * weights, 2 * a_token * length * slots]  # bf16
@@ -511,29 +501,10 @@ def print_iterations(roofline: Roofline):
         print(f"| {t} | {n:,} | {n / 64 * (2 * step + scores) / 3600:.2f} | {paper} |")
 
 
-def print_beside(shape: str):
-    """A real run on this CPU, and the same run simulated: bytes of tensors, resident size."""
-    setting = Setting(shape, 1, micro_tokens=1100, batch_size=4, lengths=(50, 200, 200))
-    config, recipe, pairs = prepared(setting)
-    recipe = dataclasses.replace(recipe, dtype="fp32")
-    with pretended(1, as_on_gpu=False) as world:
-        expected = follow_steps(config, recipe, pairs, world)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with process_group() as world:
-        found = follow_steps(config, recipe, pairs, world)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"\n{shape}, a step of 4 pairs on this CPU in fp32, MiB:\n")
-    print("| tensors, simulated | tensors, of the real run | more resident than before |")
-    print("|---|---|---|")
-    peaks = [sum(meter.peak().values()) / 2**20 for meter in (expected, found)]
-    print(f"| {peaks[0]:,.1f} | {peaks[1]:,.1f} | {resident / 1024:,.0f} |")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = "(default: %(default)s)"
     parser.add_argument("--shape", choices=list(SHAPES), help="this shape alone, not all tables")
-    parser.add_argument("--beside", choices=list(SHAPES), help="a real run on this CPU, beside it")
     for name, about in (
         ("ranks", "GPUs"),
         ("replicas", "whole copies of the sharded model"),
@@ -545,7 +516,6 @@ def main(argv=None):
         usual = getattr(Setting, name)
         parser.add_argument(flag, type=int, default=usual, help=f"{about} {default}")
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--share", action=argparse.BooleanOptionalAction, default=True)
     about = f"tokens of prompt, human and generated answer {default}"
     parser.add_argument("--lengths", type=int, nargs=3, default=LENGTHS, help=about)
     for name, about in (
@@ -559,11 +529,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     roofline = Roofline(args.rate, args.memory, args.inside, args.between)
     begun = time.process_time()
-    if args.beside:
-        return print_beside(args.beside)
     if args.shape:
         numbers = (args.ranks, args.replicas, args.micro_tokens, args.recompute, args.batch_size)
-        rows = [Setting(args.shape, *numbers, tuple(args.lengths), args.share, args.lora_rank)]
+        rows = [Setting(args.shape, *numbers, tuple(args.lengths), args.lora_rank)]
         print_memory(rows)
         print_steps(rows, roofline)
         print_sampling(rows[0])

@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from loss import sequence_logps, spin_loss
-from spin.distributed import process_group
-from spin.metrics import opponent_of
-from spin.models import clip_gradients, compute_dtype
-from spin.packing import packed
-from spin.pairs import batches, micro_batches, packed_pairs, share_prompts, tokens_of
+from spin.data.pairs import batches, micro_batches, packed_pairs, share_prompts, tokens_of
+from spin.model.packing import is_padded, packed
+from spin.model.weights import clip_gradients, compute_dtype
 from spin.recipe import Recipe
+from spin.report.metrics import opponent_of
+from spin.run.ranks import process_group
 
 
 def llama(
@@ -67,13 +67,13 @@ KNOBS = {  # a row of the table -> what differs from --recompute --micro-tokens 
     "no recompute, 4096 tokens": {"recompute": False, "micro_tokens": 4096},
     "2048 tokens": {"micro_tokens": 2048},
     "16384 tokens": {"micro_tokens": 16384},
-    "transformers' SDPA and its mask": {"attention": "sdpa"},
+    "padded batches": {"attention": "sdpa"},
     "offload": {"offload": True},
 }
 
 
 def pair_of(i: int, prompt, lengths, rng, vocabulary: int) -> dict:
-    """A pair as spin.pairs.encode_pairs gives it, with answers of these lengths."""
+    """A pair as spin.data.pairs.encode_pairs gives it, with answers of these lengths."""
     pair = {"id": i, "iter": 0, "index": i, "shared": 0}
     for name, length in zip(("real", "generated"), lengths, strict=True):
         ids = np.concatenate([prompt, rng.integers(3, vocabulary, length)]).astype(np.int32)
@@ -82,7 +82,7 @@ def pair_of(i: int, prompt, lengths, rng, vocabulary: int) -> dict:
 
 
 def make_pairs(n: int, vocabulary: int, seed: int = 0) -> list[dict]:
-    """n pairs of random ids, as spin.pairs.encode_pairs gives them."""
+    """n pairs of random ids, as spin.data.pairs.encode_pairs gives them."""
     rng = np.random.default_rng(seed)
     pairs = []
     for i in range(n):
@@ -136,7 +136,7 @@ def take_step(model, optimizer, batch: list[int], pairs, recipe, world):
     """One step on a global batch, as train.py takes it."""
     # what the opponent says makes no difference to the speed
     opponent = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for rows, _ in micro_batches(batch, pairs, recipe, world):
+    for rows, _ in micro_batches(batch, pairs, recipe, world, is_padded(model)):
         policy = sequence_logps(model, **packed_pairs(rows, "spin", world.device))
         policy_real, policy_generated = policy.chunk(2)
         opponent_real, opponent_generated = opponent_of(rows, opponent, policy)
@@ -163,10 +163,10 @@ def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     speeds = []  # of each step: tokens and FLOPs, a second and rank
-    with packed(model, recipe.attention) as way:
+    with packed(model, recipe.attention) as method:
         for pair in pairs:
             pair["shared"] = 0
-        if way == "packed":
+        if method == "packed":
             share_prompts(pairs)
         for batch in batches(len(pairs), recipe, 0, 0):
             begun = time.perf_counter()

@@ -7,7 +7,7 @@ The formula is that of docs/memory-and-speed.md. Each other figure is the larges
 process of its own that scores and trains (and exports), on the CPU in fp32: real runs of the stage.
 pairs: the demo's model. prompts: 30M parameters, answers of 300 tokens, prompts of 100 and of 400.
 sizes: one step of 8 pairs for three sizes with the demo's tokenizer, beside the formula. ranks:
-what each of 1, 2 and 4 ranks needs to load the largest of them.
+what rank 0 of 1, 2 and 4 ranks needs to load the largest of them.
 """
 
 import os
@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpu import SHAPES
 
 import train
-from spin.distributed import process_group
 from spin.files import write_jsonl
-from spin.models import load_empty, read_weights
+from spin.model.weights import load_empty, read_weights
 from spin.recipe import Recipe
+from spin.run.ranks import process_group
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "theta0"
 SIZES = ("30m", "100m", "360m")
@@ -82,9 +82,9 @@ def load_here(name: str):
     recipe = Recipe()
     with process_group() as world:
         before = resident()
-        model, folder = load_empty(name, recipe, world)
+        model = load_empty(name, recipe)
         train.shard(model, recipe, world)
-        read_weights(model, folder, recipe, world)
+        read_weights(model, name, recipe, world)
         # in one write: whole, beside the other ranks' lines
         sys.stdout.write(f"MiB {resident() - before:.0f}\n")
 

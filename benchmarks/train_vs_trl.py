@@ -37,12 +37,12 @@ import train_gpu
 from train_gpu import SHAPES, flops, matmul_rate, pair_of
 
 import train
-from spin.distributed import process_group
-from spin.models import load_empty, read_weights
-from spin.packing import packed
-from spin.pairs import batches, share_prompts
+from spin.data.pairs import batches, share_prompts
+from spin.model.packing import packed
+from spin.model.weights import load_empty, read_weights
 from spin.recipe import Recipe
-from spin.run import Iteration
+from spin.run.folders import Iteration
+from spin.run.ranks import process_group
 
 BEFORE = "ours before"
 SYSTEMS = ("ours", "trl", "trl, scores beforehand", "trl, scores beforehand, 4 × 2 pairs")
@@ -74,11 +74,11 @@ def pairs_of_lengths(lengths: str, n: int, vocabulary: int) -> list[dict]:
 
 def ours(model_dir: str, pairs, recipe, out: Path) -> tuple[list[float], float]:
     """(losses, seconds) of one epoch, by train.py's own functions."""
-    recipe = recipe.at(0)
+
     with process_group() as world:
-        model, folder = load_empty(model_dir, recipe, world)
+        model = load_empty(model_dir, recipe)
         train.shard(model, recipe, world)
-        read_weights(model, folder, recipe, world)
+        read_weights(model, model_dir, recipe, world)
         optimizer = torch.optim.RMSprop(
             model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False
         )
@@ -108,7 +108,6 @@ def trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOTrainer
 
-    recipe = recipe.at(0)
     order = list(itertools.chain(*batches(len(pairs), recipe, 0, 0)))
     if texts:
         kind = DPOTrainer
@@ -176,7 +175,7 @@ def trl_row(pair: dict) -> dict:
 
 def optimizer_and_schedule(model, recipe, steps: int):
     """train.py's own, over so many steps."""
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=recipe.lr, alpha=recipe.alpha)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=recipe.at(0).lr, alpha=recipe.alpha)
 
     def share_of_peak(step: int) -> float:
         return train.learning_rate(step, steps, 1.0, recipe.warmup)
@@ -190,7 +189,7 @@ def trl_config(recipe, out: Path, beforehand: bool, size: int):
 
     return DPOConfig(
         output_dir=str(out),
-        beta=recipe.lam,
+        beta=recipe.at(0).lam,
         max_length=None,
         num_train_epochs=1,
         max_grad_norm=recipe.clip,

@@ -22,9 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loss import token_logps
-from spin.codec import make_codec
+from spin.data.text import encode, make_codec
 from spin.files import write_jsonl
-from spin.tokens import encode
 
 HERE = Path(__file__).resolve().parent
 TRAIN = 2048  # prompts

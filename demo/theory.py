@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loss import ELL, sequence_logps, sft_loss, spin_loss
-from spin.packing import pack, packed
-from spin.pictures import STYLES, Line, draw_lines
+from spin.model.packing import pack, packed
+from spin.report.pictures import STYLES, Line, draw_lines
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = 4  # prompt x is the tokens (EOS, x)
@@ -33,7 +33,12 @@ RESPONSES = [
     for n in range(LONGEST + 1)
     for letters in itertools.product(range(LETTERS), repeat=n)
 ]
-ELL_SLOPE = {"logistic": -0.5, "hinge": -1.0, "correlation": -1.0, "exponential": -1.0}  # ℓ'(0)
+
+
+def slope_at_0(ell: str) -> float:
+    """ℓ'(0) of a loss of loss.py."""
+    zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(ELL[ell](zero), zero)[0].item()
 
 
 def random_table(seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -119,22 +124,28 @@ def transformer(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).double().eval()
 
 
-def tabulate(model) -> torch.Tensor:
-    """log p_θ(y|x) of every prompt and response, by sequence_logps of loss.py. (X, Y)"""
-    rows = [((EOS, x, *y), (0, 0, *(1 for _ in y))) for x in range(PROMPTS) for y in RESPONSES]
+def log_probs(model, answers) -> torch.Tensor:
+    """log p_θ(y|x) of pairs (x, y), by sequence_logps of loss.py. (N,)"""
+    rows = [((EOS, x, *y), (0, 0, *(1 for _ in y))) for x, y in answers]
     with packed(model):
-        return sequence_logps(model, **pack(rows, "cpu")).view(PROMPTS, -1)
+        return sequence_logps(model, **pack(rows, "cpu"))
+
+
+def tabulate(model) -> torch.Tensor:
+    """log p_θ(y|x) of every prompt and response. (X, Y)"""
+    return log_probs(model, itertools.product(range(PROMPTS), RESPONSES)).view(PROMPTS, -1)
 
 
 def gradient(loss, model) -> torch.Tensor:
     """The gradient of a scalar with respect to all of the model's parameters, flat. (P,)"""
-    parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    parts = torch.autograd.grad(loss, list(model.parameters()))
     return torch.cat([part.flatten() for part in parts])
 
 
 def scores(model) -> torch.Tensor:
     """∇log p_θ(y|x) of every prompt and response. (X, Y, P)"""
-    rows = [gradient(logp, model) for logp in tabulate(model).flatten()]
+    pairs = itertools.product(range(PROMPTS), RESPONSES)
+    rows = [gradient(log_probs(model, [pair]).sum(), model) for pair in pairs]
     return torch.stack(rows).view(PROMPTS, len(RESPONSES), -1)
 
 
@@ -276,7 +287,7 @@ def print_theorem_5_2(data, start):
         rise -= expected_loss(data, start, data, -h, ell)
         print(
             f"  {ell:12} ℓ(0) {at_data:.6f}   g'(0) {rise / (2 * h):.6f}   "
-            f"ℓ'(0)·[KL + KL] {ELL_SLOPE[ell] * distance:.6f}"
+            f"ℓ'(0)·[KL + KL] {slope_at_0(ell) * distance:.6f}"
         )
 
 
@@ -321,7 +332,8 @@ def show(name: str, title: str, curves: dict[str, list[float]], y_label: str, lo
     for label, values in curves.items():
         print(f"  {label:12}", "  ".join(f"{v:.3g}" for v in values))
         points = [(t, value, 0) for t, value in enumerate(values)]
-        lines.append(Line(label, points, *STYLE_OF[label], marker="" if label == "data" else "o"))
+        dots = "" if label == "data" else "o"
+        lines.append(Line(label, points, STYLE_OF[label] + dots))
     svg = draw_lines(title, lines, "model", y_label, log=log)
     (HERE / name).write_text(svg, encoding="utf-8")
 

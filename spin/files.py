@@ -1,5 +1,5 @@
 """Files: written whole or not at all, read with a line number where they are broken.
-And how a stage ends where something is amiss: one line that begins with `error:`, exit code 2."""
+And how a stage ends when something is wrong: one line that begins with `error:`, exit code 2."""
 
 import contextlib
 import gzip
@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-AGAIN = "copy or download it again"  # what mends a model's file
+AGAIN = "copy or download it again"  # what helps when a model's file is damaged
 
 
 def fail(message: str):
-    """End the stage as a user's mistake: one line on stderr, exit code 2. Rank 0 alone speaks."""
+    """End the stage as a user's mistake: one line on stderr, exit code 2. Rank 0 prints it; another
+    rank does so only if it is still there after half a minute."""
     if int(os.environ.get("RANK", 0)) != 0:
         # torchrun ends all ranks by SIGTERM when one has left; rank 0 should get its line out first
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -42,7 +43,7 @@ def io_errors_in_one_line():
         fail_for_io(problem)
 
 
-def write_whole(path: Path, text):
+def write_whole(path: Path, text: str):
     """Write a file whole or not at all: a .part file, renamed when it is on disk."""
     part = Path(f"{path}.part")
     with open(part, "w", encoding="utf-8") as file:
@@ -52,14 +53,14 @@ def write_whole(path: Path, text):
     part.replace(path)
 
 
-def write_json(path: Path, value, indent: int | None = None, write=write_whole):
+def write_json(path: Path, value, indent: int | None = None):
     """Write one value as JSON, whole or not at all."""
-    write(path, json.dumps(value, indent=indent) + "\n")
+    write_whole(path, json.dumps(value, indent=indent) + "\n")
 
 
-def write_jsonl(path: Path, rows, write=write_whole):
+def write_jsonl(path: Path, rows):
     """Write rows as JSONL, whole or not at all."""
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_jsonl(path: Path, row: dict):
@@ -69,7 +70,8 @@ def append_jsonl(path: Path, row: dict):
 
 
 def read_json(path: Path, mend: str) -> dict:
-    """The object in a JSON file of the run, or {}; refuses one cut off, in a line with `mend`."""
+    """The object in a JSON file of the run; {} if there is no file. A damaged file is refused, in
+    a line that ends with `mend`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not isinstance(found, dict):

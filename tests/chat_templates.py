@@ -66,7 +66,6 @@ class Family:
     lead: str = ""  # what the template writes between the generation prompt and an answer
     eos: str = ""  # the tokenizer's EOS; '': it is the end of turn
     bos: str | None = None
-    pad: str | None = None
     puts: str = ""  # what the tokenizer puts around a text: "BOS", "EOS", "BOS EOS" or nothing
     spm: bool = False  # a Metaspace tokenizer, as from SentencePiece; else byte-level BPE
     legacy: bool = False  # of those, one that puts a space behind each special token, as Llama 2's
@@ -81,46 +80,40 @@ class Family:
 
 
 S = ("<s>", "</s>")
+CHATML_TOKENS = {"specials": QWEN, "end": "<|im_end|>"}
+SPM_TOKENS = {"specials": S, "end": "</s>", "bos": "<s>", "puts": "BOS", "spm": True}
+LLAMA3_TOKENS = {
+    "specials": ("<|bos|>", "<|end_of_text|>", "<|head|>", "<|tail|>", "<|eot|>"),
+    **{"end": "<|eot|>", "eos": "<|end_of_text|>", "bos": "<|bos|>", "puts": "BOS"},
+}
 FAMILIES = {
     "qwen2.5": Family(
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
         + (EACH + CHATML + DONE + ASK_CHATML),
-        QWEN,
-        "<|im_end|>",
-        pad="<|endoftext|>",
+        **CHATML_TOKENS,
     ),
     "qwen3": Family(
-        EACH + QWEN3_TURN + DONE + ASK_CHATML,
-        QWEN,
-        "<|im_end|>",
-        EMPTY_THOUGHT,
-        pad=QWEN[0],
-        plain=THINK,
+        EACH + QWEN3_TURN + DONE + ASK_CHATML, **CHATML_TOKENS, lead=EMPTY_THOUGHT, plain=THINK
     ),
     "qwen3, enable_thinking=false": Family(
         (EACH + QWEN3_TURN + DONE + ASKED + "<|im_start|>assistant\n")
         + "{% if enable_thinking is defined and enable_thinking is false %}"
         + (EMPTY_THOUGHT + END + END),
-        QWEN,
-        "<|im_end|>",
-        pad=QWEN[0],
+        **CHATML_TOKENS,
         plain=THINK,
         kwargs=("enable_thinking=false",),
     ),
     "qwen3-thinking": Family(
         EACH + QWEN3_TURN + DONE + ASKED + "<|im_start|>assistant\n<think>\n" + END,
-        QWEN,
-        "<|im_end|>",
-        "\n</think>\n\n",
+        **CHATML_TOKENS,
+        lead="\n</think>\n\n",
         plain=THINK,
-        pad=QWEN[0],
         merges=True,
     ),
     "qwen3-thinking, sentence pieces": Family(
         EACH + QWEN3_TURN + DONE + ASKED + "<|im_start|>assistant\n<think>\n" + END,
-        QWEN,
-        "<|im_end|>",
-        "\n</think>\n\n",
+        **CHATML_TOKENS,
+        lead="\n</think>\n\n",
         plain=THINK,
         spm=True,
         merges=True,
@@ -140,23 +133,15 @@ FAMILIES = {
         "{% set ns.s = '<<SYS>>\n' + m.content + '\n<</SYS>>\n\n' %}"
         "{% elif m.role == 'user' %}{{ bos_token + '[INST] ' + ns.s + m.content.strip() }} [/INST]"
         "{% else %} {{ m.content.strip() }} </s>{% endif %}" + DONE,
-        S,
-        "</s>",
-        " ",
-        bos="<s>",
-        puts="BOS",
-        spm=True,
+        **SPM_TOKENS,
+        lead=" ",
     ),
     "llama2, an older tokenizer": Family(
         (EACH + BY_USER + "{{ bos_token }}[INST] {{ m.content.strip() }} [/INST]")
         + "{% elif m.role == 'assistant' %} {{ m.content.strip() }} </s>"
         + ("{% else %}{{ raise_exception('no system') }}" + END + DONE),
-        S,
-        "</s>",
-        " ",
-        bos="<s>",
-        puts="BOS",
-        spm=True,
+        **SPM_TOKENS,
+        lead=" ",
         legacy=True,
         system="refused",
     ),
@@ -164,22 +149,14 @@ FAMILIES = {
         (NO_SYSTEM + "<s>" + EACH + BY_USER)
         + "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}"
         + DONE,
-        S,
-        "</s>",
-        " ",
-        bos="<s>",
-        puts="BOS",
-        spm=True,
+        **SPM_TOKENS,
+        lead=" ",
         system="refused",
     ),
     "llama3": Family(
         ("{{ bos_token }}" + EACH + "<|head|>{{ m.role }}<|tail|>\n\n{{ m.content | trim }}<|eot|>")
         + (DONE + ASKED + "<|head|>assistant<|tail|>\n\n" + END),
-        ("<|bos|>", "<|end_of_text|>", "<|head|>", "<|tail|>", "<|eot|>"),
-        "<|eot|>",
-        eos="<|end_of_text|>",
-        bos="<|bos|>",
-        puts="BOS",
+        **LLAMA3_TOKENS,
     ),
     "llama3.2": Family(
         "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}"
@@ -188,11 +165,7 @@ FAMILIES = {
         "{% set messages = messages[1:] %}{% endif %}<|eot|>"
         + (EACH + "<|head|>{{ m.role }}<|tail|>\n\n{{ m.content | trim }}<|eot|>")
         + (DONE + ASKED + "<|head|>assistant<|tail|>\n\n" + END),
-        ("<|bos|>", "<|end_of_text|>", "<|head|>", "<|tail|>", "<|eot|>"),
-        "<|eot|>",
-        eos="<|end_of_text|>",
-        bos="<|bos|>",
-        puts="BOS",
+        **LLAMA3_TOKENS,
     ),
     "gemma": Family(
         ("{{ bos_token }}" + NO_SYSTEM + EACH)
@@ -203,7 +176,6 @@ FAMILIES = {
         "<end_of_turn>",
         eos="<eos>",
         bos="<bos>",
-        pad="<pad>",
         puts="BOS",
         spm=True,
         system="refused",
@@ -215,30 +187,20 @@ FAMILIES = {
         "<|end|>",
         eos="<|endoftext|>",
         bos="<s>",
-        pad="<|endoftext|>",
         puts="BOS",
         spm=True,
         rstrip=True,
     ),
     "zephyr": Family(
         EACH + "<|{{ m.role }}|>\n{{ m.content }}</s>\n" + DONE + ASKED + "<|assistant|>\n" + END,
-        S,
-        "</s>",
-        bos="<s>",
-        pad="</s>",
-        puts="BOS",
-        spm=True,
+        **SPM_TOKENS,
     ),
     "vicuna": Family(
         ("<s>{% if messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}" + EACH)
         + "{% if m.role == 'user' %}USER: {{ m.content }} "
         + "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>{% endif %}"
         + (DONE + ASKED + "ASSISTANT: " + END),
-        S,
-        "</s>",
-        bos="<s>",
-        puts="BOS",
-        spm=True,
+        **SPM_TOKENS,
         merges=True,
     ),
     "vicuna, byte-level": Family(
@@ -291,7 +253,6 @@ FAMILIES = {
         ("<|start|>", "<|end|>", "<|return|>", "<|channel|>", "<|message|>", "<|pad|>"),
         "<|return|>",
         "<|channel|>final<|message|>",
-        pad="<|pad|>",
     ),
     "granite": Family(  # blanks before the first block, which jinja drops
         "  {% set day = strftime_now('%B %-d, %Y') %}\n" + EACH + "<|r|>{{ m.role }}<|e|>"
@@ -300,9 +261,8 @@ FAMILIES = {
         ("<|endoftext|>", "<|r|>", "<|e|>"),
         "<|endoftext|>",
         bos="<|endoftext|>",
-        pad="<|endoftext|>",
     ),
-    "smollm3": Family(  # a system message of its own, with the date and the way of thinking
+    "smollm3": Family(
         (EACH + "{% if loop.first %}<|im_start|>system\nToday is {{ strftime_now('%d %B %Y') }}.\n")
         + "Thinking: {{ 'on' if enable_thinking | default(true) else 'off' }}\n"
         + "{{ m.content if m.role == 'system' else 'You help.' }}<|im_end|>\n{% endif %}"
@@ -312,8 +272,7 @@ FAMILIES = {
         + ("{{ m.content.lstrip('\n') }}<|im_end|>\n" + END + DONE)
         + (ASKED + "<|im_start|>assistant\n{% if not enable_thinking | default(true) %}")
         + (EMPTY_THOUGHT + END + END),
-        QWEN,
-        "<|im_end|>",
+        **CHATML_TOKENS,
         plain=THINK,
         kwargs=("enable_thinking=false",),
     ),
@@ -328,19 +287,17 @@ FAMILIES = {
     "wants a system message": Family(
         "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
         + (EACH + CHATML + DONE + ASK_CHATML),
-        QWEN,
-        "<|im_end|>",
+        **CHATML_TOKENS,
         eos="<|endoftext|>",
         system="required",
     ),
     "drops a system message": Family(
         EACH + "{% if m.role != 'system' %}" + CHATML + END + DONE + ASK_CHATML,
-        QWEN,
-        "<|im_end|>",
+        **CHATML_TOKENS,
         system="dropped",
     ),
     "knows no generation prompt": Family(
-        EACH + CHATML + DONE, QWEN, "<|im_end|>", "<|im_start|>assistant\n", eos=QWEN[0]
+        EACH + CHATML + DONE, **CHATML_TOKENS, lead="<|im_start|>assistant\n", eos=QWEN[0]
     ),
     "dialogpt": Family(
         EACH + "{{ m.content }}{{ eos_token }}" + DONE,
@@ -348,7 +305,6 @@ FAMILIES = {
         "<|endoftext|>",
         gpt2=True,
         bos="<|endoftext|>",
-        pad="<|endoftext|>",
     ),
     "puts an EOS behind a text": Family(
         EACH + "<|{{ m.role }}|>{{ m.content }}</s>\n" + DONE + ASKED + "<|assistant|>" + END,
@@ -438,7 +394,6 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
         tokenizer_object=core_of(family),
         eos_token=family.eos or family.end,
         bos_token=family.bos,
-        pad_token=family.pad,
         unk_token="<unk>" if family.spm else None,
     )
     tokenizer.chat_template = family.template

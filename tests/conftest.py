@@ -37,6 +37,11 @@ MICRO = shlex.split(
 STAGES = {"generate": generate, "train": train, "evaluate": evaluate}
 
 
+def pytest_collection_modifyitems(items):
+    """Simulated ranks come last: torch keeps something of them, which later forks would inherit."""
+    items.sort(key=lambda item: item.path.name == "test_simulate.py")
+
+
 def stage(name: str, run: Path, *flags: str):
     """Call a stage's main(argv) in this process on the micro recipe."""
     STAGES[name].main([*MICRO, "--run", str(run), *map(str, flags)])
@@ -63,26 +68,28 @@ def shell(*command: str, env: dict | None = None, input: str | None = None, cwd:
     )
 
 
-def as_in_a_shell(call, path: Path) -> tuple[int, str]:
-    """A call's exit code and all that a shell shows of it on stderr, what libraries log included,
-    which pytest keeps from there. Seconds faster than a shell: a fork, that has all modules loaded.
-    path: a file for stderr."""
+def fork(call, shown: Path, **environment) -> int:
+    """The process id of a fork that makes a call. All that a shell would show of it on stderr is
+    written to the file `shown`, what libraries log included, which pytest keeps from there. Seconds
+    faster than a shell: all modules are loaded."""
     gc.collect()  # a process group that a fork collects waits for threads that it does not have
+    gc.freeze()  # the next call need not look through all that is loaded by now
     if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), path.read_text()
+        return pid
     gc.disable()
     signal.alarm(200)  # ends a fork that hangs
+    os.environ.update(environment)
     code = 1
     try:
-        sys.stderr = open(path, "w")  # noqa: SIM115 – open until the process ends
+        sys.stderr = open(shown, "w")  # noqa: SIM115 – open until the process ends
         os.dup2(sys.stderr.fileno(), 2)
         for name in ("root", *logging.root.manager.loggerDict):
             logger = logging.getLogger(name)
             ours = [x for x in logger.handlers if not type(x).__module__.startswith("_pytest")]
             logger.handlers = ours
             for handler in ours:
-                if isinstance(handler, logging.StreamHandler):
-                    handler.setStream(sys.stderr)
+                if getattr(handler, "stream", sys.stderr) is not sys.stderr:
+                    handler.stream = sys.stderr  # setStream would flush one that is closed
         warnings.resetwarnings()
         for quiet in (DeprecationWarning, PendingDeprecationWarning, ImportWarning):
             warnings.simplefilter("ignore", quiet)  # as Python does by itself
@@ -98,13 +105,44 @@ def as_in_a_shell(call, path: Path) -> tuple[int, str]:
         os._exit(code)
 
 
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def as_in_a_shell(call, shown: Path) -> tuple[int, str]:
+    """A call's exit code and what a shell shows of it on stderr. shown: a file for that."""
+    return exit_code(fork(call, shown)), shown.read_text()
+
+
+def on_ranks(number: int, call, folder: Path) -> tuple[int, str]:
+    """A call on so many ranks, as torchrun would start them, but without loading all again: the
+    first exit code that is not 0, and what all show on stderr. folder: for files of that. Where
+    rank 0 fails, the others get SIGTERM."""
+    shown = [folder / f"stderr of rank {rank}" for rank in range(number)]
+    common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    pids = []
+    for rank, path in enumerate(shown):
+        pids.append(fork(call, path, RANK=str(rank), LOCAL_RANK=str(rank), **common))
+    code = exit_code(pids[0])
+    for pid in pids[1:]:
+        if code:
+            os.kill(pid, signal.SIGTERM)
+        other = exit_code(pid)
+        code = code or other
+    return code, "".join(path.read_text() for path in shown)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def start_two_nodes(script, ranks: int, *flags) -> list[subprocess.Popen]:
     """A script on two nodes with a shared disk: two torchrun agents on this machine, each with so
     many ranks; stderr is kept."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"--master_addr 127.0.0.1 --master_port {free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *where.split()]
+    where = f"--nnodes 2 --master_addr 127.0.0.1 --master_port {free_port()}"
+    command = [sys.executable, "-m", "torch.distributed.run", *where.split()]
     nodes = []
     for rank in ("0", "1"):
         own = ["--node_rank", rank, "--nproc_per_node", ranks, "--", script, *flags]
@@ -114,16 +152,11 @@ def start_two_nodes(script, ranks: int, *flags) -> list[subprocess.Popen]:
     return nodes
 
 
-def torchrun_command(ranks: int, program: str, *flags: str) -> list[str]:
-    """A script (evaluate.py), or a module (spin.compare), on so many ranks."""
+def torchrun(ranks: int, program: str, *flags: str, cwd: Path = REPO):
+    """Run a script (evaluate.py), or a module (spin.compare), on so many ranks."""
     launch = shlex.split(f"-m torch.distributed.run --standalone --nproc_per_node {ranks}")
     module = [] if str(program).endswith(".py") else ["-m"]
-    return [*map(str, (sys.executable, *launch, *module, "--", program, *flags))]
-
-
-def torchrun(ranks: int, program: str, *flags: str, cwd: Path = REPO):
-    """Run torchrun_command to its end."""
-    return shell(*torchrun_command(ranks, program, *flags), cwd=cwd)
+    return shell(sys.executable, *launch, *module, "--", program, *flags, cwd=cwd)
 
 
 @pytest.fixture(scope="session")
@@ -146,10 +179,8 @@ def long_theta(tmp_path_factory):
     """θ_0 with room for 4,096 positions, which rotary embeddings do not mind: for long prompts."""
     folder = tmp_path_factory.mktemp("models") / "theta"
     shutil.copytree(THETA0, folder)
-    for name, key in (
-        ("config.json", "max_position_embeddings"),
-        ("tokenizer_config.json", "model_max_length"),
-    ):
+    limits = {"config.json": "max_position_embeddings", "tokenizer_config.json": "model_max_length"}
+    for name, key in limits.items():
         settings = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**settings, key: 4096}))
     return folder

@@ -3,11 +3,19 @@ transformers alone: the oracle of test_families.py and test_probe.py."""
 
 import random
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from conftest import THETA0
+from conftest import REPO, THETA0
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+from train_gpu import pair_of
+
+from spin.data.pairs import share_prompts
 
 SMALL = {
     "vocab_size": 88,
@@ -128,6 +136,11 @@ FAMILIES = {
 }
 
 
+def quick_and_long(*quick):
+    """All families for pytest, those that are not quick marked as long."""
+    return [pytest.param(x, marks=() if x in quick else pytest.mark.long) for x in FAMILIES]
+
+
 def tiny(name: str, **knobs):
     """A random model of a family in eval mode. Its weights are large, so that what it says depends
     on all that it reads."""
@@ -154,14 +167,32 @@ def alone(model, sequences) -> torch.Tensor:
     """The oracle: each of N sequences (ids, mask) by itself, log-softmax of all its logits, those
     of the response picked by hand. (N,) in float64."""
     result = []
-    with torch.no_grad():
-        for ids, mask in sequences:
-            logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            result.append(sum(logps[t - 1, ids[t]] for t in range(len(ids)) if mask[t]))
+    for ids, mask in sequences:
+        logps = model(torch.as_tensor(ids)[None].long()).logits[0].double().log_softmax(-1)
+        result.append(sum(logps[t - 1, ids[t]] for t in range(len(ids)) if mask[t]))
     return torch.stack(result)
+
+
+def gradient(values, model) -> torch.Tensor:
+    """The gradient of a sum in which each value has a weight of its own, flat."""
+    weights = torch.arange(1.0, len(values) + 1)
+    wanted = [w for w in model.parameters() if w.requires_grad]
+    gradients = torch.autograd.grad((weights * values).sum(), wanted, allow_unused=True)
+    return torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 def random_sequences(lengths=(30, 9, 4, 21)) -> list[tuple]:
     """(ids, mask) of sequences of random tokens, each a prompt of three tokens and its response."""
     rng = random.Random(0)
     return [([rng.randrange(3, 88) for _ in range(n)], [0] * 3 + [1] * (n - 3)) for n in lengths]
+
+
+def random_pairs(lengths, seed=1) -> list[dict]:
+    """Pairs of random tokens, as encode_pairs gives them, each prompt to be computed once.
+    lengths: tokens of (prompt, real answer, generated answer) of each."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for i, (p, *answers) in enumerate(lengths):
+        pairs.append(pair_of(i, rng.integers(3, 88, p), answers, rng, 88))
+    share_prompts(pairs)
+    return pairs

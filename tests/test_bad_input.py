@@ -6,41 +6,34 @@ run directory, flags). Inputs that look bad and are not (BOM, CRLF, mixed shapes
 the result that they must give.
 """
 
-import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
-import time
 import warnings
 
 import datasets
 import pytest
 import torch
-from conftest import MICRO, REPO, THETA0, as_in_a_shell, shell, stage, torchrun
+from conftest import MICRO, REPO, THETA0, as_in_a_shell, on_ranks, stage
 from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    AutoConfig,
+    AutoTokenizer,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     RobertaPreLayerNormConfig,
     RobertaPreLayerNormForCausalLM,
 )
 
-from spin.checksums import write_list
 from spin.files import fail, read_jsonl, write_jsonl
-from spin.flags import flag
-from spin.recipe import Recipe
 
 NOUNS = ("tin", "kola", "bel", "amu", "rodak")
 ROWS = [{"prompt": f"Spell {word}", "response": "-".join(word)} for word in NOUNS]
@@ -75,8 +68,8 @@ def cut(name, by=1):
     return rewrite(name, lambda old: old[:-by])
 
 
-def remove(*names):
-    return lambda folder: [(folder / name).unlink() for name in names]
+def remove(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def edit(name, **fields):
@@ -120,13 +113,6 @@ def pickled(folder):
     (folder / "model.safetensors").unlink()
 
 
-def sharded(folder):
-    """An index names two files of weights, one of which is there."""
-    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def eos_beyond(folder):
     """The EOS gets a number that the model has no embedding for, in a tokenizer no larger."""
     core = json.loads((folder / "tokenizer.json").read_text())
@@ -137,28 +123,13 @@ def eos_beyond(folder):
     (folder / "tokenizer.json").write_text(json.dumps(core))
 
 
-def keep_lines(name, number):
-    return rewrite(name, lambda old: b"".join(old.splitlines(keepends=True)[:number]))
-
-
-def unlisted(change):
-    """The same where the checksums were lost: what is told without them."""
-
-    def change_more(folder):
-        for listed in folder.rglob("*.sha256"):
-            listed.unlink()
-        change(folder)
-
-    return change_more
-
-
-def edit_rows(change):
-    """generated.jsonl after a change of its list of rows."""
+def edit_rows(change, name):
+    """A file of JSON lines after a change of its list of rows."""
 
     def change_file(folder):
-        rows = list(read_jsonl(folder / "generated.jsonl"))
+        rows = list(read_jsonl(folder / name))
         change(rows)
-        write_jsonl(folder / "generated.jsonl", rows)
+        write_jsonl(folder / name, rows)
 
     return change_file
 
@@ -205,23 +176,6 @@ def half_saved(tmp, played):
     return "generate", tmp / "run", ["--iter", "0", "--data", tmp / "set"]
 
 
-def row(**fields):
-    """A set of this row alone: beside good ones it is left out and counted (test_sets.py)."""
-    return data([fields])
-
-
-def train_on(*rows):
-    def lay_out(tmp, played):
-        write_jsonl(tmp / "pairs.jsonl", rows)
-        return "train", tmp / "run", ["--iter", "0", "--pairs", tmp / "pairs.jsonl"]
-
-    return lay_out
-
-
-def train_on_no_file(tmp, played):
-    return "train", tmp / "run", ["--iter", 0, "--pairs", tmp / "no.jsonl"]
-
-
 def model(change, name="generate"):
     """θ_0's folder after a change, given to a stage."""
 
@@ -247,27 +201,13 @@ def run(change, name="train", t=1, *flags):
     return lay_out
 
 
-def pairs(change, keep_prompts=True):
-    """generated.jsonl of iteration 0 after a change of its rows, in a run that is to be trained."""
-
-    def lay_out(tmp, played):
-        (tmp / "run" / "iter0").mkdir(parents=True)
-        shutil.copy(played / "iter0" / "generated.jsonl", tmp / "run" / "iter0")
-        if keep_prompts:
-            shutil.copy(played / "prompts.json", tmp / "run")
-        edit_rows(change)(tmp / "run" / "iter0")
-        return "train", tmp / "run", ["--iter", "0"]
-
-    return lay_out
-
-
 def untrained(change):
-    """Iteration 1 without its model, as a stop amid training leaves it, after a change."""
+    """A run whose iteration 1 has no model, as a stop during training leaves it, after a change."""
 
     def lay_out(tmp, played):
         shutil.copytree(played, tmp / "run")
         shutil.rmtree(tmp / "run" / "iter1" / "model")
-        change(tmp / "run" / "iter1")
+        change(tmp / "run")
         return "train", tmp / "run", ["--iter", "1"]
 
     return lay_out
@@ -277,39 +217,39 @@ def swapped(change):
     """θ_0 has changed since the run began: its generated.jsonl is another model's."""
 
     def lay_out(tmp, played):
+        shutil.copytree(played, tmp / "run")
         shutil.copytree(THETA0, tmp / "model")
-        flags = ["--iter", 0, "--model", tmp / "model"]
-        (tmp / "run").mkdir()
-        stage("generate", tmp / "run", *flags)
+        edit("recipe.json", model=str(tmp / "model"))(tmp / "run")
         change(tmp / "model")
-        return "train", tmp / "run", flags
+        return "train", tmp / "run", ["--iter", 0, "--model", tmp / "model"]
 
     return lay_out
 
 
 def another_theta_1(run):
     """θ_1 was trained anew, with other bytes, after iteration 1 had its answers."""
-    shutil.rmtree(run / "iter1" / "model")
     shutil.copytree(run / "iter0" / "model", run / "other")
     weights(lambda w: w[UP].mul_(1.01))(run / "other")
     shutil.rmtree(run / "iter0" / "model")
     (run / "other").rename(run / "iter0" / "model")
-    write_list(run / "iter0" / "model.sha256", run / "iter0" / "model", [SAFETENSORS])
 
 
-def run_is_a_file(tmp, played):
-    (tmp / "run").write_text("")
-    return "generate", tmp / "run", ["--iter", 0]
+def chunks_of_another_model(tmp, played):
+    """generate.py was killed, and θ_1 trained again before it went on."""
+    shutil.copytree(played, tmp / "run")
+    folder = tmp / "run" / "iter1"
+    shutil.rmtree(folder / "model")
+    (folder / "generated.part").mkdir()
+    (folder / "generated.jsonl").unlink()
+    shutil.copy(folder / "made_from.json", folder / "generated.part")
+    another_theta_1(tmp / "run")
+    return "generate", tmp / "run", ["--iter", "1"]
 
 
-def held_out(tmp, played):
-    """The held-out set changes between the evaluation of θ_0 and that of θ_1."""
-    flags = ["--eval-data", tmp / "held.jsonl"]
-    (tmp / "held.jsonl").write_text(PLAIN)
-    stage("evaluate", tmp / "run", "--theta0", *flags)
-    (tmp / "run" / "eval.json").unlink()
-    (tmp / "held.jsonl").write_text(PLAIN.replace("Spell", "Twice"))
-    return "evaluate", tmp / "run", ["--theta0", *flags]
+def other_held_out(run):
+    """The held-out set has changed before θ_2 is evaluated."""
+    (run / "iter1" / "eval.json").unlink()
+    edit("heldout.json", sha256="another")(run)
 
 
 # ---- the table: name -> (how it is laid out, a part of the line) ---------------------------------
@@ -334,141 +274,71 @@ def knobs(text):
 
 # a knob out of range, of the wrong type, not finite
 KNOBS = knobs(f"""
---lr 0; --lr nan; --lr 1e-4 inf | FLAG must be positive
---lr fast; --lr | FLAG
---lr 1e-400 | FLAG must
---lam -1 | FLAG must be positive
---lam nan; --batch-size 0; --batch-size 1e3; --epochs -2 | FLAG
---warmup 1.5 | FLAG must be between
---warmup nan; --top-p 0; --top-p 1.01; --temperature -1; --temperature inf | FLAG
+--lr 0; --lr 1e-4 inf; --lam -1; --batch-size 0; --clip inf; --lora-alpha 0 | FLAG must be positive
+--lr fast; --lr; --batch-size 1e3; --ell square; --nonsense; --recipe large; --iter x | FLAG
+--recompute=maybe; --trust-remote-code | FLAG
+--lr 1e-400 | FLAG must be positive
+--warmup 1.5 | FLAG must be between 0 and 1
+--top-p 0 | FLAG must be above 0
+--alpha 1 | FLAG must be at least 0 and below 1
 --temperature 1e-300 | FLAG must be 0
---num-prompts 0; --eval-prompts 0; --right-share 1.5; --right-share nan | FLAG
---eval-temperature 0; --eval-temperature 1e-300; --eval-temperature inf | FLAG must be at least
+--eval-temperature 0 | FLAG must be at least 0.001
+--seed -1; --lora-rank -1; --iter -1 | FLAG must be zero or positive
+--model ""; --split "" | FLAG must not be empty
 --max-new-tokens 64 | no room for a prompt
---max-new-tokens 0; --micro-tokens 0; --mix 0; --clip 0; --clip inf; --seed -1; --seed 0.5 | FLAG
---ell square; --objective dpo; --engine vllm; --dtype int8; --attention none; --alpha 1 | FLAG
---slots 0; --chunk 2.5; --replicas 0; --iterations 0; --checkpoint-every 0 | FLAG
---iter -1; --iter x | FLAG
---iter 3 | theta_3 is missing
---nonsense; --recipe large | FLAG
 --max-length 65 | 64 positions
---trust-remote-code | FLAG
+--iter 3 | theta_3 is missing
 --template "no place"; --template "{{ prompt }}" | holds {{prompt}}
---template chat | no chat template
+--template "\udcff{{prompt}}" | UTF-8
 --template "Q: {{prompt}}\\nA:" | write $'…\\n…'
---template "Q: {{prompt}}\\tA:" | write $'…\\t…'
---template-kwargs "note=a\\nb" | --template-kwargs must not hold a backslash
+--template chat | no chat template
 --template-kwargs a=1 | name=value is wanted, and --template chat
 --date 2026-13-01 | --date must be a day
---date yesterday | --date must be a day
---template "\udcff{{prompt}}" | UTF-8
---run /dev/null/run | /dev/null is a file
+--run /dev/null/run | /dev/null is no directory
 --run {"r" * 300}; --model {"m" * 300} | cannot read or write: [Errno
 --model no/such/model | no model
---model "" | FLAG must not be empty
 --data no/such.jsonl | no/such.jsonl
---data {THETA0} | holds no file of data
---data "" | FLAG must not be empty
---data demo | holds no file named as the split
---split "" | FLAG must not be empty
---eval-split "" | FLAG must not
---recompute=maybe; --offload=1 | FLAG
---lora-rank -1; --lora-rank 0.5; --lora-alpha 0; --lora-alpha inf | FLAG
---lora-alpha 8; --lora-targets q_proj | FLAG
+--data {THETA0} | has no split train_sft
+--data demo | has no split train_sft: give --split
+--lora-targets q_proj | FLAG
 --lora-targets q_proj nothing --lora-rank 4 | 'nothing' is no linear layer of
---lora-rank 400 | the smaller side of model.layers.0.
---sft-baseline 3 | arguments: 3
 """)
 
-USER = {"role": "user", "content": "Spell tin"}
-BOT = {"role": "assistant", "content": "t-i-n"}
-PICTURE = {"role": "assistant", "content": [{"type": "image"}]}
 GOOD = b'{"prompt": "Spell tin", "response": "t-i-n"}\n'
-DEEP = b'{"prompt": ' + b"[" * 100_000
 LONG = b'{"prompt": "' + b"tin " * 12_500_000 + b'", "response": "y"}'
+# what a row or a file may lack is in test_sets.py; here, that a stage ends with it in one line
 DATA = {
     "--eval-data of nothing": (
         command("evaluate", "--theta0", "--eval-data", "no/such.jsonl"),
         "no data at no/such.jsonl",
     ),
     "an empty file": (data(""), "no rows"),
-    "blank lines only": (data("\n \r\n\n"), "no rows"),
-    "a list as .json that holds no objects": (data("[{}, 3]", name="set.json"), "no usable rows"),
-    "an object as .json": (data('{"epochs": 3}', name="set.json"), "unknown shape"),
     "half a .json": (data('[{"prompt": "a"', name="set.json"), "set.json"),
     "a .parquet that is none": (data("PAR1xxxx", name="set.parquet"), "set.parquet"),
     "a folder of save_to_disk that is not whole": (half_saved, "cannot read"),
     "an unknown ending": (data(GOOD, name="set.txt"), "no data"),
-    "a row without fields": (data("{}\n"), "unknown shape"),
     "a row of other fields": (data('{"a": 1}\n'), "fields a: 1); known: prompt/real"),
-    "a line that is a list": (data("[1]\n"), "line 1"),
-    "a line that is broken": (data(GOOD + b"{oops\n"), "line 2"),
     "a line that was cut off": (data(GOOD + GOOD[:-9]), "line 2"),
-    "a bracket too many": (data(GOOD + GOOD[:-1] + b"]\n"), "line 2"),
-    "brackets without end": (data(GOOD + DEEP), "line 2"),
+    "brackets without end": (data(GOOD + b'{"prompt": ' + b"[" * 100_000), "line 2"),
     "Latin-1": (data(GOOD + '{"prompt": "é", "response": "b"}\n'.encode("latin-1")), "line 2"),
-    "UTF-16": (data(GOOD.decode().encode("utf-16")), "line 1"),
-    "a NUL byte": (data(GOOD + b'{"prompt": "a\x00b", "response": "c"}\n'), "line 2"),
     "a line of NUL bytes, as a power cut leaves": (data(GOOD + b"\x00" * 4096), "line 2"),
-    "a line of 50 MB that is no JSON": (data(GOOD + b"x" * 50_000_000), "line 2"),
     "a prompt of 50 MB and no other": (data(LONG), "prompt too long: 1"),
     "no usable row": (
         data([{"prompt": "a", "response": ""}, {"prompt": " ", "response": "b"}]),
         "empty prompt or response: 2",
     ),
-    "prompts longer than the context": (
-        data([{"prompt": w * 30, "response": "a"} for w in ("tin", "amu")]),
-        "prompt too long: 2",
-    ),
-    "a prompt that is null": (row(prompt=None, response="b"), "nothing in prompt: 1"),
-    "a response that is a number": (
-        row(prompt="a", response=3),
-        "real is no text: 1",
-    ),
-    "a response that is a list": (row(question="a", answer=["b"]), "no list of messages"),
-    "a lone surrogate": (row(prompt="a \ud800", response="b"), "prompt is no valid Unicode"),
-    "a field too few": (row(prompt="a"), "unknown shape with fields prompt"),
-    "messages that are text": (row(messages="Hi"), "no prompt first"),
-    "messages that are null": (row(messages=None), "nothing in messages"),
-    "messages without a role": (row(messages=[{"content": "a"}, BOT]), "a turn by 'None'"),
-    "messages without content": (row(messages=[{"role": "user"}, BOT]), "a turn without text"),
-    "messages of pictures": (row(messages=[USER, PICTURE]), "a turn without text"),
-    "messages that begin with the answer": (
-        row(messages=[BOT, USER]),
-        "no prompt first",
-    ),
-    "one message": (row(messages=[USER]), "without an answer"),
-    "pairs of two prompts": (
-        row(real=[USER, BOT], generated=[{**USER, "content": "Other"}, BOT]),
-        "do not answer the same prompt",
-    ),
-    "an Alpaca input that is a number": (
-        row(instruction="a", input=3, output="b"),
-        "prompt is no text",
-    ),
+    "messages without a role": (data([{"messages": [{"content": "a"}]}]), "a turn by 'None'"),
     "pairs without an answer of the opponent": (
-        train_on({"prompt": "a", "response": "b"}),
+        command("train", "--iter", "0", "--pairs", "demo/heldout.jsonl"),
         "no generated response beside the real one",
     ),
-    "pairs none of which can be used": (
-        train_on({"prompt": "a", "real": "", "generated": "c"}),
-        "empty prompt or response: 1",
-    ),
-    "a file of pairs that is not there": (train_on_no_file, "no.jsonl"),
 }
 
 # a model and its tokenizer: the change of θ_0's folder, and the stage if it is not generate.py
 BERT = config(model_type="bert", architectures=["BertForMaskedLM"])
 MINE = config(model_type="mine", auto_map={"AutoConfig": "mine.Config"})
 SAFETENSORS = "model.safetensors"
-SMALL = dict(
-    vocab_size=88,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
+SMALL = {"vocab_size": 88, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 MOVING = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -478,11 +348,6 @@ MOVING = {
 }
 
 
-def family(build):
-    """Another model in the folder, with the same tokenizer."""
-    return lambda folder: build().save_pretrained(folder)
-
-
 def openai_gpt():
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
     return OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=88, **sizes))
@@ -490,28 +355,21 @@ def openai_gpt():
 
 def roberta():
     """Its positions begin at pad_token_id + 1, unless they are given."""
-    config = RobertaPreLayerNormConfig(**{**SMALL, "max_position_embeddings": 80}, is_decoder=True)
+    sizes = {**SMALL, "num_attention_heads": 2, "max_position_embeddings": 80}
+    config = RobertaPreLayerNormConfig(**sizes, is_decoder=True)
     model = RobertaPreLayerNormForCausalLM(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight)
     torch.nn.init.normal_(model.base_model.embeddings.position_embeddings.weight)
     return model
 
 
-def softcapped(tmp, played):
-    shutil.copytree(THETA0, tmp / "model")
-    tiny("Gemma 2").save_pretrained(tmp / "model")
-    flags = ["--iter", "0", "--model", tmp / "model", "--attention", "sdpa"]
-    return "generate", tmp / "run", flags
-
-
-def adapted(build):
-    """generate.py with adapters for another model."""
+def other_model(name, *flags):
+    """generate.py with a tiny model of another family, and these flags."""
 
     def lay_out(tmp, played):
         shutil.copytree(THETA0, tmp / "model")
-        build().save_pretrained(tmp / "model")
-        flags = ["--iter", "0", "--model", tmp / "model", "--lora-rank", "2"]
-        return "generate", tmp / "run", flags
+        tiny(name).save_pretrained(tmp / "model")
+        return "generate", tmp / "run", ["--iter", "0", "--model", tmp / "model", *flags]
 
     return lay_out
 
@@ -519,19 +377,12 @@ def adapted(build):
 CHANGED_MODELS = {
     "no config.json": (remove("config.json"), "config.json"),
     "half a config.json": (cut("config.json", 40), "cannot load the tokenizer and config"),
-    "a config without a type": (config(model_type=None), "cannot load the tokenizer and config"),
     "an encoder": (BERT, "no causal language model (bert)"),
-    "an encoder and a decoder": (config(model_type="t5"), "no causal language model (t5)"),
-    "a model of pictures": (config(model_type="vit"), "no causal language model (vit)"),
     "code from a model's folder": (MINE, "cannot load the tokenizer"),
     "weights that are not there": (remove(SAFETENSORS), "cannot load the model"),
     "weights that are pickled": (pickled, "cannot load the model"),
     "weights of 50 bytes of nothing": (write(SAFETENSORS, "x" * 50), "deserializing header"),
     "weights that were cut off": (cut(SAFETENSORS), "model.safetensors is damaged"),
-    "weights with something behind": (
-        rewrite(SAFETENSORS, lambda old: old + b"xy"),
-        "model.safetensors is damaged",
-    ),
     "a weight missing": (weights(lambda w: w.pop(UP)), "missing keys", "train"),
     "a weight too many": (
         weights(lambda w: w.update({UP + "2": w[UP].clone()})),
@@ -544,26 +395,20 @@ CHANGED_MODELS = {
         "train",
     ),
     "a weight that is NaN": (weights(lambda w: w[UP].fill_(float("nan"))), "NaN or infinity"),
-    "a shard of the weights missing": (sharded, "model-2.safetensors is damaged (No such file"),
     "rotary angles that move": (
         config(rope_parameters=MOVING),
         "beyond 32 positions this model's rotary angles (longrope) change",
     ),
-    "blocks without a name": (family(openai_gpt), "OpenAIGPTLMHeadModel does not name its blocks"),
+    "blocks without a name": (
+        lambda folder: openai_gpt().save_pretrained(folder),
+        "OpenAIGPTLMHeadModel does not name its blocks",
+    ),
     "a model that counts positions from another number": (
-        family(roberta),
-        "cannot keep sequences in one row apart: one differs from the same sequence alone",
+        lambda folder: roberta().save_pretrained(folder),
+        "cannot keep sequences apart: one differs from the same sequence alone",
     ),
     "an EOS beyond the model's vocabulary": (eos_beyond, "ends an answer by token 5000, its model"),
-    "no tokenizer": (
-        remove("tokenizer.json", "tokenizer_config.json"),
-        "cannot load the tokenizer",
-    ),
     "half a tokenizer": (cut("tokenizer.json", 100), "cannot load the tokenizer"),
-    "a length in words": (
-        tokenizer_config(eos_token="</s>", model_max_length="long"),
-        "cannot load the tokenizer",
-    ),
     "a tokenizer without EOS": (tokenizer_config(), "no EOS"),
     "a tokenizer larger than the model": (config(vocab_size=50), "a token that the model lacks: "),
 }
@@ -572,211 +417,127 @@ MODELS = {
     for name, (change, word, *stage_name) in CHANGED_MODELS.items()
 } | {
     "an attention that the model lacks": (
-        softcapped,
-        "Gemma2ForCausalLM cannot use --attention sdpa: use --attention auto",
-    ),
-    "adapters for weights that have another name in the files": (
-        adapted(lambda: tiny("Llama").model),
-        "do not hold model.layers.0.self_attn.q_proj alone under this name",
+        other_model("Gemma 2", "--attention", "sdpa"),
+        "Gemma2ForCausalLM does not support an attention implementation",
     ),
     "adapters where peft takes a layer for experts": (
-        adapted(lambda: tiny("DeepSeek-V3")),
+        other_model("DeepSeek-V3", "--lora-rank", "2"),
         "peft cannot adapt ",
     ),
 }
 
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+ASKS = "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+ANSWERS = "{% for m in messages %}{{ m.content if m.role == 'assistant' }}</s>{% endfor %}"
 CHATS = {
-    "that does not end an answer": (TURNS.replace("</s>", "; "), "no special token", []),
-    "that refuses everything": ("{{ raise_exception('no') }}", "refuses a conversation (no)", []),
-    "that begins an answer otherwise": (
-        TURNS + "{% if add_generation_prompt %}assistant: <think>{% endif %}",
-        "cannot be split into prompt and answer",
-        [],
-    ),
-    "that drops the answer": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content[:2] }}</s>{% endfor %}",
-        "cannot be split into prompt and answer",
-        [],
-    ),
-    "that begins an answer with its end": (
+    "does not end an answer": (TURNS.replace("</s>", "; "), "no special token"),
+    "refuses everything": ("{{ raise_exception('no') }}", "refuses a conversation (no)"),
+    "begins an answer otherwise": (TURNS + ASKS, "cannot be split into prompt and answer"),
+    "begins an answer with its end": (
         TURNS.replace("{{ m.content", "</s>{{ m.content"),
         "with the token that ends it",
-        [],
     ),
-    "that drops the prompt": (
-        "{% for m in messages %}{{ m.content if m.role == 'assistant' }}</s>{% endfor %}",
-        "the chat template drops or changes the prompt: 2048",
-        [],
-    ),
-    "with an argument that it does not know": (
-        TURNS,
-        "knows no enable_thinking",
-        ["--template-kwargs", "enable_thinking=false"],
-    ),
+    "drops the prompt": (ANSWERS, "the chat template drops or changes the prompt: 2048"),
 }
 
 
-def chat(template: str, flags: list[str]):
-    """generate.py with a chat template of this text."""
+def chat(change, *flags):
+    """generate.py with a chat template that a change of θ_0's folder makes."""
 
-    def lay_out(tmp_path, played):
-        script, folder, others = model(write("chat_template.jinja", template))(tmp_path, played)
+    def lay_out(tmp, played):
+        script, folder, others = model(change)(tmp, played)
         return script, folder, [*others, "--template", "chat", *flags]
 
     return lay_out
 
 
+NAMED = [{"name": name, "template": TURNS} for name in ("a", "b")]
 TEMPLATES = {
-    f"a chat template {name}": (chat(template, flags), word)
-    for name, (template, word, flags) in CHATS.items()
+    f"a chat template that {name}": (chat(write("chat_template.jinja", template)), word)
+    for name, (template, word) in CHATS.items()
+} | {
+    "a chat template with an argument that it does not know": (
+        chat(write("chat_template.jinja", TURNS), "--template-kwargs", "enable_thinking=false"),
+        "knows no enable_thinking",
+    ),
+    "chat templates without a default": (
+        chat(tokenizer_config(eos_token="</s>", chat_template=NAMED)),
+        "no default among them",
+    ),
 }
-
-NAMED = tokenizer_config(
-    eos_token="</s>", chat_template=[{"name": name, "template": TURNS} for name in ("a", "b")]
-)
-
-
-def named_templates(tmp_path, played):
-    """generate.py with two named chat templates, none of them called default."""
-    script, folder, flags = model(NAMED)(tmp_path, played)
-    return script, folder, [*flags, "--template", "chat"]
-
-
-TEMPLATES["chat templates without a default"] = named_templates, "no default among them"
 
 RUNS = {
     "of another recipe": (
         run(nothing, "generate", 2, "--lam", "3", "--seed", "7"),
         "seed: 0 there, 7 asked; lam: ",
     ),
-    "of another rank of adapters": (
-        run(nothing, "train", 1, "--lora-rank", "4"),
-        "lora_rank: 0 there, 4 asked",
-    ),
     "of another theta_0": (
         run(nothing, "generate", 2, "--model", THETA0),
         "model: 'demo/theta0' there",
     ),
     "of another theta_0 in the same place": (
-        swapped(weights(lambda w: w[UP].mul_(1.01))),
-        "model/model.safetensors is damaged, changed or new, by the checksums in",
-    ),
-    "of another tokenizer in the same place": (
-        swapped(rewrite("tokenizer.json", lambda old: old + b" ")),
-        "model/tokenizer.json is damaged, changed or new, by the checksums in",
+        swapped(weights(lambda w: w["model.norm.weight"][:1].add_(1e-6))),
+        "is not the model that",
     ),
     "of a theta_0 that got a chat template": (
         swapped(write("chat_template.jinja", TURNS)),
-        "model/chat_template.jinja is damaged, changed or new, by the checksums in",
+        "is not the model that",
     ),
-    "of a newer version": (
-        run(unlisted(edit("recipe.json", new_knob=1))),
-        "another version (knobs new_knob)",
+    "of a theta_0 whose weights were cut off": (swapped(cut(SAFETENSORS, 2**17)), "restore it"),
+    "of another version": (
+        run(edit("recipe.json", theta_0=None, right_share=0.75)),
+        "another version (knobs right_share, theta_0)",
     ),
-    "half a recipe.json": (
-        run(cut("recipe.json", 30)),
-        "restore what was there, or choose another --run",
-    ),
-    "half a recipe.json, unlisted": (
-        run(unlisted(cut("recipe.json", 30))),
-        "recipe.json is damaged (",
-    ),
-    "a recipe.json that is a list": (
-        run(unlisted(write("recipe.json", "[]"))),
-        "recipe.json is damaged (",
-    ),
-    "half a prompts.json": (
-        run(rewrite("prompts.json", lambda old: old[:6] + b"\xff")),
-        "prompts.json is damaged, changed",
-    ),
-    "a run that is a file": (run_is_a_file, "is a file"),
+    "half a recipe.json": (run(cut("recipe.json", 30)), "recipe.json is damaged ("),
+    "half a prompts.json": (untrained(cut("prompts.json", 9)), "prompts.json is damaged ("),
     "training before generating": (command("train", "--iter", "0"), "generate.py --iter 0"),
-    "generated.jsonl cut off": (
-        run(cut("iter0/generated.jsonl")),
-        "iter0/generated.jsonl is damaged, changed or new, by the checksums in",
-    ),
-    "generated.jsonl cut off, and generated again": (
-        run(cut("iter1/generated.jsonl", 99), "generate"),
-        "iter1/generated.* to have what is needed made again",
+    "generated.jsonl cut within a line": (untrained(cut("iter1/generated.jsonl", 9)), "line 40: "),
+    "generated.jsonl cut at a line's end": (
+        untrained(edit_rows(lambda rows: rows.pop(), "iter1/generated.jsonl")),
+        "iter1/generated.jsonl has 39 of 40 rows, so it was cut off",
     ),
     "weights of an iteration cut off": (
         run(cut("iter0/model/model.safetensors"), "evaluate"),
-        "run train.py --iter 0 again",
-    ),
-    "weights of an iteration cut off, unlisted": (
-        run(unlisted(cut("iter0/model/model.safetensors")), "evaluate"),
         "model.safetensors is damaged (",
     ),
-    "an iteration's tokenizer lost": (
-        run(remove("iter0/model/tokenizer.json"), "evaluate"),
-        "tokenizer.json is missing, by the checksums in",
-    ),
-    "metrics.jsonl cut at a line": (
-        run(cut("iter1/metrics.jsonl", 300)),
-        "metrics.jsonl is damaged, changed",
-    ),
-    "half an opponent.json": (
-        untrained(cut("opponent.json", 9)),
-        "opponent.json is damaged, changed",
-    ),
-    "half an opponent.json, unlisted": (
-        untrained(unlisted(cut("opponent.json", 9))),
-        "opponent.json is damaged (",
-    ),
-    "half a generated.json": (
-        run(cut("iter1/generated.json", 9), "generate"),
-        "generated.json is damaged, changed",
-    ),
-    "half a heldout.json": (
-        run(cut("heldout.json", 9), "evaluate"),
-        "heldout.json is damaged, changed",
-    ),
     "answers of another model": (
-        run(another_theta_1),
-        "iter0/model.sha256 is damaged, changed or new, by the checksums in",
+        untrained(another_theta_1),
+        "iter1 was made from another model than",
     ),
-    "other held-out prompts": (held_out, "not those of"),
-    "half an eval.json": (
-        run(cut("iter1/eval.json", 9), "evaluate"),
-        "eval.json is damaged, changed",
+    "answers of another model that are there": (
+        run(another_theta_1, "generate"),
+        "iter1 was made from another model than",
     ),
-    "answers.jsonl cut at a line": (
-        run(keep_lines("iter0/answers.jsonl", 4)),
-        "answers.jsonl is damaged, changed",
+    "chunks of another model": (chunks_of_another_model, "generated.part holds answers of another"),
+    "figures of another model": (
+        run(another_theta_1, "evaluate", 0),
+        "eval.json is there already, made with another model",
     ),
+    "other held-out prompts": (run(other_held_out, "evaluate"), "not those of"),
+    "half an eval.json": (run(cut("iter1/eval.json", 9), "evaluate"), "eval.json is damaged ("),
     "opponent.jsonl cut off before training": (
-        untrained(cut("opponent.jsonl")),
-        "opponent.jsonl is damaged, changed",
+        untrained(cut("iter1/opponent.jsonl", 9)),
+        "line 80: ",
     ),
 }
 
-# rows of generated.jsonl that cannot be this run's
+# rows of iteration 1's generated.jsonl that cannot be this run's
 FOREIGN_ROWS = {
-    "another iteration": (set_in(0, iter=1), "iteration 1"),
-    "a row twice": (lambda rows: rows.append(rows[0]), "41 pairs in"),
+    "another iteration": (set_in(0, iter=0), "iteration 0"),
     "no ids": (lambda rows: rows[0].pop("generated_ids"), "generated_ids"),
     "another end": (set_in(3, finish="length"), "tokenizer"),
     "ids too large": (set_in(0, generated_ids=[10**6]), "token ids"),
-    "no answer": (set_in(0, generated_ids=[]), "token ids"),
-    "ids that are text": (set_in(0, generated_ids="ab"), "token ids"),
-    "ids that are not numbers": (set_in(0, generated_ids=[True, 2]), "token ids"),
     "a null": (set_in(0, real=None), "line 1"),
-    "an id that is a list": (set_in(0, id=[1]), "id [1]"),
-    "a row less": (lambda rows: rows.pop(), "39 pairs in"),
-    "no rows": (lambda rows: rows.clear(), "0 pairs in"),
     "an id twice": (same_id, "not those of"),
     "another prompt": (set_in(0, prompt="zzz 0"), "not those of"),
+    "another human answer": (set_in(5, real="?"), "not those of"),
 }
 PAIRS = {
-    **{f"generated.jsonl: {name}": (pairs(c), word) for name, (c, word) in FOREIGN_ROWS.items()},
-    "an id twice, and no prompts.json to tell": (pairs(same_id, False), "occurs twice"),
+    f"generated.jsonl: {name}": (untrained(edit_rows(change, "iter1/generated.jsonl")), word)
+    for name, (change, word) in FOREIGN_ROWS.items()
+} | {
     "an iteration of another SFT set": (
-        untrained(unlisted(edit_rows(set_in(5, prompt="?")))),
-        "not those of",
-    ),
-    "an iteration of other human answers": (
-        untrained(unlisted(edit_rows(set_in(5, real="?")))),
+        untrained(edit_rows(set_in(5, prompt="?"), "iter0/generated.jsonl")),
         "not those of",
     ),
 }
@@ -787,7 +548,7 @@ LOADS = (
     "weights that are p",
     "a weight",
     "a model that counts",
-    "half an opponent.json, unlisted",
+    "opponent.jsonl cut",
 )  # nothing less would tell
 
 
@@ -815,8 +576,8 @@ def test_bad_input_is_one_line_with_exit_code_2_and_changes_nothing(
     script, folder, flags = lay_out(tmp_path, played)
     before = snapshot(tmp_path)
     if not name.startswith(LOADS):
-        loaders = "generate.load_frozen", "spin.figures.load_frozen", "train.load_empty"
-        for function in (*loaders, "spin.models.load_whole"):
+        loaders = "generate.load_frozen", "spin.report.figures.load_frozen", "train.load_empty"
+        for function in (*loaders, "spin.model.weights.load_whole"):
             monkeypatch.setattr(function, lambda *args: pytest.fail("weights were loaded"))
     shown = tmp_path_factory.mktemp("shell") / "stderr"
     code, err = as_in_a_shell(lambda: stage(script, folder, *flags), shown)
@@ -841,12 +602,6 @@ def test_control_words_of_libraries_before_the_line_are_seen(say, tmp_path):
     assert code == 2 and "newly initialized" in err and err.endswith("error: no\n")
 
 
-def test_the_table_holds_every_knob():
-    """But --revision: any text may be the name of one."""
-    held = {re.split("[ =]", name)[0] for name in TABLE}
-    assert {flag(f.name) for f in dataclasses.fields(Recipe)} - held == {"--revision"}
-
-
 # ---- what looks bad and is not -------------------------------------------------------------------
 
 MIXED = [
@@ -856,7 +611,7 @@ MIXED = [
         "messages": [
             {"role": "user", "content": "Spell bel"},
             {"role": "assistant", "content": "b-e-l"},
-            USER,
+            {"role": "user", "content": "Spell tin"},
         ]
     },
     {"instruction": "Spell amu", "input": "", "output": "a-m-u"},
@@ -864,10 +619,7 @@ MIXED = [
 ]
 DOUBLE = [{**row, "id": 1, "x": None} for row in ROWS]
 FINE = {
-    "BOM": "\ufeff" + PLAIN,
-    "CRLF": PLAIN.replace("\n", "\r\n"),
-    "no last newline": PLAIN[:-1],
-    "blank lines": PLAIN.replace("\n", "\n\n"),
+    "BOM, CRLF, blank lines and no last newline": "\ufeff" + PLAIN.replace("\n", "\r\n\n")[:-3],
     "mixed shapes, one with ids of its own": "".join(json.dumps(row) + "\n" for row in MIXED),
     "escapes": PLAIN.replace("S", "\\u0053"),
     "duplicate ids and other fields": "".join(json.dumps(row) + "\n" for row in DOUBLE),
@@ -894,20 +646,6 @@ def test_odd_forms_of_good_data_give_the_answers_of_the_plain_form(form, clean, 
 
 def test_control_other_rows_give_other_answers(clean, tmp_path):
     assert answers(tmp_path, PLAIN.replace("Spell", "Twice")) != clean
-
-
-def test_texts_of_50_mb_among_good_rows_cost_seconds(tmp_path, capsys):
-    begun = time.perf_counter()
-    much = "tin " * 12_500_000
-    rows = answers(tmp_path, json.dumps({"prompt": much, "response": "y"}) + "\n" + PLAIN)
-    assert {row["prompt"] for row in rows} == {row["prompt"] for row in ROWS}
-    long_prompt = {"prompt": much, "real": "a", "generated": "b"}
-    long_answer = {"prompt": "Spell tin", "real": much, "generated": "b"}
-    write_jsonl(tmp_path / "pairs.jsonl", [long_prompt, long_answer])
-    stage("train", tmp_path / "other", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
-    assert "pairs: read: 2, prompt too long: 1" in capsys.readouterr().out
-    assert (tmp_path / "other" / "iter0" / "model").is_dir()
-    assert time.perf_counter() - begun < 60
 
 
 def test_nul_characters_that_are_escaped_and_other_braces_in_a_template_are_text(tmp_path):
@@ -942,67 +680,55 @@ def test_a_tokenizer_without_pad_gives_the_same_answers_and_one_without_bos_is_t
     assert (tmp_path / "run" / "iter0" / "model").is_dir()
 
 
+# ---- as a user starts it -------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "build",
+    "script, flags",
     [
-        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, rotary_pct=0.5)),
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=88, n_embd=32, n_layer=1, n_head=2)),
-        lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, num_key_value_heads=1)),
-    ],
-)
-def test_causal_models_of_other_families_are_taken(build, tmp_path):
-    """GPT-NeoX (Pythia) has is_decoder False in its config, as encoders have."""
-    other = shutil.ignore_patterns("*.safetensors", "config.json")
-    shutil.copytree(THETA0, tmp_path / "model", ignore=other)
-    build().save_pretrained(tmp_path / "model")
-    assert len(answers(tmp_path, PLAIN, "--model", tmp_path / "model")) == 5
-    flags = ["--data", tmp_path / "set.jsonl", "--model", tmp_path / "model"]
-    stage("train", tmp_path / "run", "--iter", 0, *flags)
-
-
-# ---- through the shell ---------------------------------------------------------------------------
-
-
-def test_the_shell_gives_exit_code_2_and_one_line_in_every_stage(tmp_path):
-    for script, flags in (
         ("generate.py", ["--iter", "0", "--lr", "nan"]),
         ("train.py", ["--iter", "1"]),
         ("evaluate.py", ["--model", "no/such/x"]),
-        ("-m spin.report", []),
-    ):
-        done = shell(sys.executable, *script.split(), *MICRO, "--run", tmp_path / "run", *flags)
-        assert done.returncode == 2 and re.fullmatch(r"error: [^\n]*\n", done.stderr), done.stderr
+        ("spin.report", []),
+    ],
+)
+def test_every_command_gives_exit_code_2_and_one_line(script, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, *MICRO, "--run", str(tmp_path / "run"), *flags])
+    run = runpy.run_path if script.endswith(".py") else runpy.run_module
+    program = str(REPO / script) if script.endswith(".py") else script
+    code, err = as_in_a_shell(lambda: run(program, run_name="__main__"), tmp_path / "stderr")
+    assert code == 2 and re.fullmatch(r"error: [^\n]*\n", err), err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "file, entry",
+    "loader, file, entry",
     [
-        ("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}),
+        (AutoConfig, "config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.A"}}),
         (
+            AutoTokenizer,
             "tokenizer_config.json",
-            {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}},
+            {"tokenizer_class": "A", "auto_map": {"AutoTokenizer": [None, "mine.A"]}},
         ),
     ],
 )
-def test_code_in_a_models_folder_is_not_run_even_if_somebody_answers_yes(file, entry, tmp_path):
+def test_code_in_a_models_folder_is_not_run_even_if_somebody_answers_yes(
+    loader, file, entry, tmp_path, monkeypatch
+):
     folder, seen = tmp_path / "model", tmp_path / "was run"
     shutil.copytree(THETA0, folder)
     edit(file, **entry)(folder)
-    (folder / "mine.py").write_text(f"""open({str(seen)!r}, 'w')
-from transformers import LlamaConfig as Config, PreTrainedTokenizerFast as Mine
-""")
-    flags = [*MICRO, "--run", tmp_path / "run", "--iter", "0", "--model", folder]
-    done = shell(sys.executable, "generate.py", *flags, input="y\n" * 9)
-    assert not seen.exists() and "Traceback" not in done.stderr
-    trust = """import sys
-from transformers import AutoConfig, AutoTokenizer
-for a in (AutoConfig, AutoTokenizer): a.from_pretrained(sys.argv[1], trust_remote_code=True)"""
-    trusting = shell(sys.executable, "-c", trust, folder)
-    assert seen.exists(), trusting.stderr  # the control: the code would run
+    code = f"open({str(seen)!r}, 'w')\nfrom transformers import {{}} as A\n"
+    kind = "LlamaConfig" if loader is AutoConfig else "PreTrainedTokenizerFast"
+    (folder / "mine.py").write_text(code.format(kind))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    flags = ["--iter", "0", "--model", folder]
+    _, err = as_in_a_shell(lambda: stage("generate", tmp_path / "run", *flags), tmp_path / "err")
+    assert not seen.exists() and "Traceback" not in err
+    as_in_a_shell(lambda: loader.from_pretrained(folder, trust_remote_code=True), tmp_path / "err")
+    assert seen.exists()  # the control: the code would run
 
 
-def test_under_torchrun_rank_0_alone_speaks(tmp_path):
-    done = torchrun(2, "train.py", *MICRO, "--run", tmp_path / "run", "--iter", "3")
-    assert done.returncode != 0 and done.stderr.count("error: theta_3 is missing") == 1
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+def test_of_several_ranks_rank_0_alone_speaks(tmp_path):
+    code, err = on_ranks(2, lambda: stage("train", tmp_path / "run", "--iter", "3"), tmp_path)
+    assert code == 2 and err.startswith("error: theta_3 is missing") and err.count("\n") == 1

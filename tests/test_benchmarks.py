@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import train_gpu
 
 from loss import sequence_logps
-from spin.packing import pack
+from spin.model.packing import pack
 
 
 @pytest.mark.long

@@ -26,14 +26,13 @@ from tokenizers import AddedToken, Tokenizer, models, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from spin import checkpoint, flags
-from spin.codec import load_codec, make_codec
-from spin.data import check_ids
+import train
+from spin import recipe as flags
+from spin.data.rows import Unusable, check_ids
+from spin.data.selection import select
+from spin.data.text import decode, load_codec, make_codec, split_ids
 from spin.files import read_jsonl
 from spin.recipe import Recipe
-from spin.run import save_recipe
-from spin.selection import select
-from spin.tokens import Unusable, decode, split_ids
 
 SYSTEMS = (None, "Be kind.", "")
 ANSWERS = ("Apple.", " Quince \n", "\nApple", "Mint, thyme\n\nand sage do")
@@ -79,16 +78,16 @@ def taken(name: str) -> list[tuple[dict, str]]:
 def test_prompt_and_answer_have_the_ids_of_apply_chat_template_up_to_the_end_of_turn(name):
     codec = codec_of(name)
     tokenizer = tokenizer_of(name)
-    assert tokenizer.convert_ids_to_tokens(codec.end) == FAMILIES[name].end
-    assert codec.lead == FAMILIES[name].lead
+    assert tokenizer.convert_ids_to_tokens(codec.eot_id) == FAMILIES[name].end
+    assert codec.before_answer == FAMILIES[name].lead
     for pair, answer in taken(name):
         prompt, rest, text = expected(name, pair, answer)
-        ids, answer_ids, merged = split_ids(codec, pair, answer, 200)
+        ids, answer_ids, merged = split_ids(codec, pair, answer)
         assert ids == prompt == split_ids(codec, pair)[0]
         assert merged == (rest is None)
         if rest is not None:
             assert answer_ids == rest
-        assert answer_ids[-1] == codec.end and codec.end not in answer_ids[:-1]
+        assert answer_ids[-1] == codec.eot_id and codec.eot_id not in answer_ids[:-1]
         # decoding gives back no space that a special token swallowed, or that was put behind one
         if not (FAMILIES[name].rstrip or FAMILIES[name].legacy or FAMILIES[name].lacks):
             assert tokenizer.decode(ids + answer_ids).lstrip(" ") == text.lstrip(" ")
@@ -130,11 +129,11 @@ def test_a_template_that_cannot_be_split_is_refused_in_one_line(name, refused):
 
 
 UNUSABLE = [
-    ("mistral", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
-    ("gemma", {"system": "Be kind."}, "Apple.", "refuses it (no system)"),
+    ("mistral", {"system": "Be kind."}, "Apple.", "refuses a conversation (no system)"),
+    ("gemma", {"system": "Be kind."}, "Apple.", "refuses a conversation (no system)"),
     ("drops a system message", {"system": "Be kind."}, "Apple.", "drops or changes the system"),
     ("drops a system message", {"system": "fruit"}, "Apple.", "drops or changes the system"),
-    ("wants a system message", {}, "Apple.", "refuses it (system first)"),
+    ("wants a system message", {}, "Apple.", "refuses a conversation (system first)"),
     ("qwen3", {}, "Hm.</think>Apple.", "changes the answer"),
 ]
 
@@ -157,24 +156,15 @@ def test_a_row_that_the_template_refuses_or_alters_is_left_out_and_counted(
     assert counted == 1
 
 
-def test_an_empty_system_message_is_one_and_not_the_templates_own():
-    codec = codec_of("qwen2.5")
-    text = codec.tokenizer.decode(split_ids(codec, pair_of(""))[0])
-    assert text.startswith("<|im_start|>system\n<|im_end|>\n") and "You help." not in text
-    none = codec.tokenizer.decode(split_ids(codec, pair_of(None))[0])
-    assert none.startswith("<|im_start|>system\nYou help.<|im_end|>\n")  # control
-
-
 # ---- tokens that merge across the boundary -------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vicuna", "vicuna, byte-level", "qwen3-thinking"])
 def test_where_tokens_merge_the_prompt_is_what_is_sampled_from_and_the_row_is_counted(name):
-    codec = codec_of(name)
     rows = [{"messages": messages_of(pair_of(None), "Apple.")}]
     rows += [{"messages": messages_of({"prompt": "Which herb?"}, "\nMint")}]
     recipe, _ = flags.parse(["--template", "chat", "--max-new-tokens", "9"])
-    pairs, counts = select(rows, "two rows", codec, recipe, 2)
+    pairs, counts = select(rows, "two rows", codec_of(name), recipe, 2)
     merged = 0
     for pair in pairs:
         prompt, rest, _ = expected(name, pair, pair["real"])
@@ -191,8 +181,7 @@ def test_the_tokens_behind_a_merged_boundary_are_those_that_follow_the_prompts()
     pieces = codec.tokenizer.convert_ids_to_tokens(ids + answer)
     assert merged and "".join(pieces) == "<s>USER:▁Name▁a▁fruit.▁ASSISTANT:▁Apple.</s>"
     assert codec.tokenizer.decode(ids).endswith("ASSISTANT: ")
-    first = codec.tokenizer.convert_ids_to_tokens(answer[:1])[0]
-    assert first.startswith("A")  # no second space
+    assert pieces[len(ids)].startswith("A")  # no second space
     whole = rendered("vicuna", messages_of(pair_of(None), "Apple."))
     assert whole[: len(ids)] != ids  # control: the template's own tokens lie across
 
@@ -216,8 +205,8 @@ def test_a_plain_template_begins_as_the_tokenizer_begins_a_text_and_nothing_stan
     whole = tokenizer(text)["input_ids"]
     assert ids == whole[: len(ids)]
     assert len(whole) == len(ids) + ("EOS" in FAMILIES[name].puts)  # control: that is not there
-    assert answer[-1] == codec.end == tokenizer.eos_token_id
-    assert answer.count(codec.end) == 1
+    assert answer[-1] == codec.eot_id == tokenizer.eos_token_id
+    assert answer.count(codec.eot_id) == 1
 
 
 def test_a_bos_that_a_plain_template_writes_is_not_doubled():
@@ -252,16 +241,14 @@ def test_a_tokenizer_without_letters_begins_a_text_as_it_does_any_other(single, 
 
 
 def test_a_tokenizer_that_cannot_read_every_text_is_loaded_all_the_same(tmp_path):
-    words = {word: number for number, word in enumerate(["</s>", *"0123+="])}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words)), eos_token="</s>"
-    )
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["</s>", *"0123+="])}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     with pytest.raises(Exception, match="UNK"):
         tokenizer("a")
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(THETA0 / "config.json", tmp_path)
     codec = load_codec(str(tmp_path), Recipe(template="{prompt}", max_length=8))
-    assert codec.end == 0
+    assert codec.eot_id == 0
 
 
 # ---- dates ---------------------------------------------------------------------------------------
@@ -283,71 +270,27 @@ def test_a_template_that_writes_the_date_writes_the_runs_whatever_day_it_is(name
     assert split_ids(later, pair_of(None), "Apple.")[0] == expected(name, pair_of(None), "A")[0]
 
 
-DIRECTIVES = "aAbBdjmyYFDeGuUVwWxhC"
-
-
-@pytest.mark.parametrize("how", [f"%{d}" for d in DIRECTIVES] + ["%-d", "%-m", "%-j", "%%", "100%"])
-def test_every_directive_of_a_date_is_written_as_strftime_writes_it(how):
-    day = datetime.datetime(2026, 3, 5)
+@pytest.mark.parametrize("call", ["strftime_now('on %-d, %b%%')", 'strftime_now( "%A" )'])
+def test_any_directive_of_a_date_is_written_as_strftime_writes_it(call):
     tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
-    tokenizer.chat_template = "{{ strftime_now('on " + how + "') }}\n" + tokenizer.chat_template
-    codec = make_codec(tokenizer, "chat", date="2026-03-05")
-    text = tokenizer.decode(split_ids(codec, pair_of(None))[0])
-    assert text.startswith(day.strftime(f"on {how}") + "\n<|im_start|>")
-
-
-@pytest.mark.parametrize(
-    "before", ["", " ", "\n", "\n\n", "  {% set x = 1 %}\n", "{# a #}\n", "{{"]
-)
-def test_the_date_changes_nothing_of_the_white_space_at_a_templates_begin(before, monkeypatch):
-    before = "{{- ' ' }}" if before == "{{" else before
-    tokenizer = copy.deepcopy(tokenizer_of("gpt-oss"))
-    tokenizer.chat_template = before + tokenizer.chat_template
-    codec = make_codec(tokenizer, "chat", date=DAY)
+    tokenizer.chat_template = "{{ " + call + " }}\n" + tokenizer.chat_template
     own = tokenizer.apply_chat_template(
         messages_of(pair_of(None)), add_generation_prompt=True, return_dict=False
     )
-    assert split_ids(codec, pair_of(None))[0] == own
+    assert split_ids(make_codec(tokenizer, "chat", date=DAY), pair_of(None))[0] == own
 
 
-def at(monkeypatch, day: str, *argv: str):
-    """What the command line asks for on a day."""
-    with monkeypatch.context() as patch:
-        patch.setattr(datetime, "datetime", clock(day))
-        return flags.parse(["--recipe", "demo", *argv])[0]
+@pytest.mark.parametrize("call", ["strftime_now(how)", "strftime_now('%d' + how)", "strftime_now"])
+def test_a_template_whose_date_cannot_be_set_is_refused(call, refused):
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
+    tokenizer.chat_template = "{% set day = " + call + " %}" + tokenizer.chat_template
+    assert "writes the date" in refused(lambda: make_codec(tokenizer, "chat", date=DAY))
 
 
-def test_a_run_that_began_before_midnight_keeps_its_date(monkeypatch, tmp_path):
-    run = ("--run", str(tmp_path / "run"))
-    begun = at(monkeypatch, DAY, *run)
-    assert begun.date == DAY
-    save_recipe(begun, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["date"] == DAY
-    assert at(monkeypatch, "2026-02-01", *run) == begun
-    other = at(monkeypatch, "2026-02-01", "--run", str(tmp_path / "other"))
-    assert other.date == "2026-02-01"  # control: a new run
-    assert at(monkeypatch, "2026-02-01", *run, "--date", "2025-12-24").date == "2025-12-24"
-
-
-def test_another_date_within_a_run_is_refused(tmp_path, refused):
-    run = tmp_path / "run"
-    stage("evaluate", run, "--theta0", "--date", DAY)
-    assert "date" in refused(lambda: stage("generate", run, "--iter", 0, "--date", "2026-02-01"))
-    stage("generate", run, "--iter", 0, "--date", DAY)  # control
-
-
-def random_model(tokenizer) -> LlamaForCausalLM:
-    """A model for which every token of a prompt matters."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-    )
-    return LlamaForCausalLM(config)
+def small_config(vocabulary: int, **others) -> LlamaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+    return LlamaConfig(vocab_size=vocabulary, **sizes, **others)
 
 
 def test_stages_after_midnight_go_on_with_the_prompts_of_the_day_before(tmp_path, monkeypatch):
@@ -355,7 +298,9 @@ def test_stages_after_midnight_go_on_with_the_prompts_of_the_day_before(tmp_path
     *options, date_flag, _ = save(tmp_path, "llama3.2", {})  # without its date
     assert date_flag == "--date"
     options += ["--max-length", "200", "--num-prompts", "12"]
-    random_model(tokenizer_of("llama3.2")).save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)  # a random model, for which every token of a prompt matters
+    model = LlamaForCausalLM(small_config(len(tokenizer_of("llama3.2"))))
+    model.save_pretrained(tmp_path / "model")
 
     def on(day: str, run: str, *names: str):
         of_stages = SimpleNamespace(datetime=clock(day), date=datetime.date, UTC=datetime.UTC)
@@ -371,7 +316,7 @@ def test_stages_after_midnight_go_on_with_the_prompts_of_the_day_before(tmp_path
     all_day = on(DAY, "all day", "generate", "train")
     on(DAY, "over midnight", "generate")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "export", stop)
+        patch.setattr(train, "export", stop)
         on(DAY, "over midnight", "train")
     over = on("2026-02-01", "over midnight", "train", "evaluate")
     later = on("2026-02-01", "a day later", "generate", "train")
@@ -386,26 +331,17 @@ def test_stages_after_midnight_go_on_with_the_prompts_of_the_day_before(tmp_path
 
 def unigram_model(tokenizer, chances: dict[int, float], vocabulary: int) -> LlamaForCausalLM:
     """A model that draws each token by itself, with these chances (their sum is 1)."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = small_config(vocabulary, tie_word_embeddings=False, **ends)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
         model.model.norm.weight.fill_(1.0)
-        model.model.embed_tokens.weight[:, 0] = 1.0  # normed: 4 in the first place of 16
+        model.model.embed_tokens.weight[:, 0] = 1.0  # normed: √32 in the first place of 32
         model.lm_head.weight[:, 0] = -10.0
         for token, chance in chances.items():
-            model.lm_head.weight[token, 0] = math.log(chance) / 4
+            model.lm_head.weight[token, 0] = math.log(chance) / math.sqrt(32)
     return model
 
 
@@ -435,8 +371,8 @@ def test_sampling_stops_at_the_end_of_turn_and_finish_and_ids_go_by_it(tmp_path)
     assert len(rows) == 40
     for row in rows:
         ids = row["generated_ids"]
-        ended = ids[-1] == codec.end
-        assert ids.count(codec.end) == ended == (row["finish"] == "eos")
+        ended = ids[-1] == codec.eot_id
+        assert ids.count(codec.eot_id) == ended == (row["finish"] == "eos")
         assert len(ids) == 24 or ended
         check_ids(row, "a row", codec)
     assert {row["finish"] for row in rows} == {"eos", "length"}
@@ -449,10 +385,10 @@ def test_sampling_stops_at_the_end_of_turn_and_finish_and_ids_go_by_it(tmp_path)
     assert abs(figures["eos_rate"] - share) < 4 * math.sqrt(share * (1 - share) / 12)
 
 
-def larger(name: str, words: list[str]) -> PreTrainedTokenizerFast:
+def larger(name: str, *words: str) -> PreTrainedTokenizerFast:
     """A family's tokenizer with more tokens than its model knows."""
     tokenizer = copy.deepcopy(tokenizer_of(name))
-    tokenizer.add_tokens(words)
+    tokenizer.add_tokens([*words])
     return tokenizer
 
 
@@ -462,7 +398,7 @@ def test_tokens_that_the_model_lacks_leave_out_the_rows_that_hold_them_and_no_ot
 ):
     options = save(tmp_path, "gemma", {"<end_of_turn>": 0.5, "a": 0.5})
     size = len(tokenizer_of("gemma"))
-    larger("gemma", ["<image>", "Papaya"]).save_pretrained(tmp_path / "model")
+    larger("gemma", "<image>", "Papaya").save_pretrained(tmp_path / "model")
     more = ["--max-length", "64", "--max-new-tokens", "24", "--template", template]
     recipe, _ = flags.parse([*options, *more])
     codec = load_codec(str(tmp_path / "model"), recipe)
@@ -479,7 +415,7 @@ def test_tokens_that_the_model_lacks_leave_out_the_rows_that_hold_them_and_no_ot
 
 def test_a_tokenizer_with_more_tokens_than_its_model_samples_trains_and_evaluates(tmp_path):
     options = save(tmp_path, "gemma", {"<end_of_turn>": 0.5, "a": 0.5})
-    larger("gemma", ["<image>"]).save_pretrained(tmp_path / "model")
+    larger("gemma", "<image>").save_pretrained(tmp_path / "model")
     for name in ("generate", "train", "evaluate"):
         stage(name, tmp_path / "run", *options, "--iter", 0)
     assert (tmp_path / "run" / "iter0" / "eval.json").exists()
@@ -498,11 +434,8 @@ def test_named_templates_without_a_default_are_refused_and_with_one_it_is_taken(
     tokenizer.chat_template = {"tool_use": "{{ raise_exception('tools') }}"}
     assert "chat template" in refused(lambda: make_codec(tokenizer, "chat", date=DAY))
     tokenizer.chat_template["default"] = own
-    codec = make_codec(tokenizer, "chat", date=DAY)
-    assert (
-        split_ids(codec, pair_of(None), "Apple.")[:2]
-        == expected("qwen2.5", pair_of(None), "Apple.")[:2]
-    )
+    ids = split_ids(make_codec(tokenizer, "chat", date=DAY), pair_of(None), "Apple.")
+    assert ids[:2] == expected("qwen2.5", pair_of(None), "Apple.")[:2]
 
 
 WRONG_ARGUMENTS = [
@@ -523,12 +456,10 @@ def test_the_value_of_an_argument_means_what_it_says(value):
     """As text, False would be true to a template."""
     name = "qwen3, enable_thinking=false"
     given = {"template_kwargs": [f"enable_thinking={value}"], "date": DAY}
-    codec = make_codec(tokenizer_of(name), "chat", **given)
-    assert split_ids(codec, pair_of(None))[0] == rendered(
-        name, messages_of(pair_of(None)), ask=True
-    )
+    ids = split_ids(make_codec(tokenizer_of(name), "chat", **given), pair_of(None))[0]
+    assert ids == rendered(name, messages_of(pair_of(None)), ask=True)
     without = make_codec(tokenizer_of(name), "chat", date=DAY)
-    assert split_ids(without, pair_of(None)) != split_ids(codec, pair_of(None))  # control
+    assert split_ids(without, pair_of(None))[0] != ids  # control
 
 
 def test_a_row_in_which_the_tokenizer_does_not_see_the_end_of_turn_is_left_out():
@@ -538,6 +469,7 @@ def test_a_row_in_which_the_tokenizer_does_not_see_the_end_of_turn_is_left_out()
     core.add_special_tokens([AddedToken("STOP", single_word=True)])
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "STOP")
     codec = make_codec(tokenizer, "chat", date=DAY)
-    assert split_ids(codec, pair_of(None), "Apple.")[1][-1] == codec.end  # control: behind a point
+    answer = split_ids(codec, pair_of(None), "Apple.")[1]
+    assert answer[-1] == codec.eot_id  # control: behind a point
     with pytest.raises(Unusable):
         split_ids(codec, pair_of(None), "Apple")

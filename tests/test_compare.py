@@ -1,98 +1,116 @@
-"""spin/compare.py: two models on the same held-out prompts; the interval is the textbook's."""
+"""spin/compare.py: two models on the same prompts, from what evaluate.py has written."""
 
 import json
 import math
-import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MICRO, THETA0, torchrun
+from conftest import THETA0, shell
 
 from spin import compare
-from spin.intervals import COLUMNS, COMPARED, paired_bootstrap
+from spin.files import write_jsonl
+from spin.report import summary
+from spin.report.summary import COLUMNS, COMPARED
 
 
-def test_two_models_are_compared_prompt_by_prompt(played, tmp_path, capsys):
-    theta_1 = str(played / "iter0" / "model")
-    for name, models in (("two", (str(THETA0), theta_1)), ("same", (theta_1, theta_1))):
-        compare.main([*models, *MICRO, "--out", str(tmp_path / f"{name}.json")])
-    two, same = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "same"))
-    start, end = (
-        json.loads((folder / "eval.json").read_text()) for folder in (played, played / "iter0")
-    )
-    for key in COMPARED:
-        assert two[key]["A"] == pytest.approx(start[key], rel=1e-6)
-        assert two[key]["B"] == pytest.approx(end[key], rel=1e-6)
-        low, high = two[key]["interval"]
-        assert low <= two[key]["B-A"] <= high
-        assert two[key]["B-A"] == pytest.approx(end[key] - start[key])
-        assert same[key]["interval"] == [0, 0]
-    assert two["n"] == 12
-    assert two["expected_exact_match"]["interval"][0] > 0  # every prompt gained a little
-    assert "95% interval" in capsys.readouterr().out
+def rows_of(exact, nll, tokens) -> list[dict]:
+    """Rows of by_prompt.jsonl with these values, (N,) each; the greedy answer is right in half."""
+    rows = []
+    for i, (match, nats, length) in enumerate(zip(exact, nll, tokens, strict=True)):
+        row = {**dict.fromkeys(COLUMNS, 0.0), "id": i, "greedy_exact_match": i % 2}
+        row |= {"expected_exact_match": float(match), "nll": float(nats), "tokens": float(length)}
+        rows.append(row)
+    return rows
 
 
-@pytest.mark.long
-def test_two_ranks_compare_as_one_does(played, tmp_path):
-    flags = [THETA0, played / "iter0" / "model", *MICRO, "--out"]
-    done = torchrun(2, "spin.compare", *flags, tmp_path / "two.json")
-    assert done.returncode == 0, done.stderr
-    compare.main([*map(str, flags), str(tmp_path / "one.json")])
-    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
-    assert done.stdout.count("95% interval") == 1  # rank 0 alone speaks
-    for key in COMPARED:
-        assert two[key]["B-A"] == pytest.approx(one[key]["B-A"], rel=1e-4, abs=1e-6)
-        assert two[key]["interval"] == pytest.approx(one[key]["interval"], rel=1e-4, abs=1e-6)
-
-
-def test_the_paired_interval_is_the_textbooks_and_the_pairing_is_what_makes_it_narrow():
-    """400 prompts of very different difficulty; B is a little better on each."""
-    rng, n = np.random.default_rng(0), 400
-    a, b = np.zeros((2, n, len(COLUMNS)))
+def two_models(gain=0.05, n=400):
+    """n prompts of very different difficulty, and two models; the second is a little better."""
+    rng = np.random.default_rng(0)
     hard, tokens = rng.random(n), rng.integers(3, 30, n)
-    names = ("expected_exact_match", "greedy_exact_match", "nll", "tokens")
-    exact, greedy, nll, count = map(COLUMNS.index, names)
-    for table, gain in ((a, 0.0), (b, 0.05)):
-        table[:, exact] = hard + gain + 0.02 * rng.standard_normal(n)
-        table[:, greedy] = rng.random(n) < hard
-        table[:, nll], table[:, count] = tokens * (1 + hard - gain), tokens
-    draws = paired_bootstrap(a, b, seed=0)
-    assert draws.shape == (10_000, 3) and (draws == paired_bootstrap(a, b, seed=0)).all()
-    assert (draws != paired_bootstrap(a, b, seed=1)).any()
-    for k, column in (
-        (0, exact),
-        (2, greedy),
-    ):  # means: the standard error of the mean of the differences
-        spread = (b - a)[:, column].std(ddof=1) / math.sqrt(n)
-        assert draws[:, k].std() == pytest.approx(spread, rel=0.05)
-        assert np.quantile(draws[:, k], (0.025, 0.975)) == pytest.approx(
-            (b - a)[:, column].mean() + spread * np.array([-1.96, 1.96]), abs=spread / 5
-        )
-    # a gain of 0.05 nats on every token
-    assert draws[:, 1].mean() == pytest.approx(-0.05) and draws[:, 1].std() < 1e-12
-    unpaired = paired_bootstrap(a, b[rng.permutation(n)], seed=0)
-    assert unpaired[:, 0].std() > 5 * draws[:, 0].std()  # control
+    a, b = (hard + g + 0.02 * rng.standard_normal(n) for g in (0, gain))
+    nll_a, nll_b = (tokens * (1 + hard - g) + rng.random(n) for g in (0, gain))
+    return rows_of(a, nll_a, tokens), rows_of(b, nll_b, tokens)
 
 
-def test_models_with_different_tokenizers_are_not_compared(tmp_path, refused):
-    other = shutil.copytree(THETA0, tmp_path / "other")
-    words = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = words["model"]["vocab"]
-    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
-    (other / "tokenizer.json").write_text(json.dumps(words))
-    assert "tokenizers" in refused(lambda: compare.main([str(THETA0), str(other), *MICRO]))
+def test_two_models_of_a_run_are_compared_without_running_either(played):
+    folders = [str(played), str(played / "iter0")]
+    script = "import sys; from spin.compare import main\n"
+    script += f"main({folders}); print('torch' in sys.modules)"
+    done = shell(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+    *_, prompts, exact, nll, greedy, torch_loaded = done.stdout.splitlines()
+    assert prompts == "12 held-out prompts" and torch_loaded == "False"
+    start, end = (json.loads(Path(folder, "eval.json").read_text()) for folder in folders)
+    for key, line in zip(COMPARED, (exact, nll, greedy), strict=True):
+        gain = end[key] - start[key]
+        assert line.split()[0] == key
+        assert f"A {start[key]:.4f}   B {end[key]:.4f}   B − A {gain:+.4f} (standard error" in line
+
+
+def test_the_paired_standard_error_is_the_textbooks_and_the_pairing_makes_it_small():
+    a, b = two_models()
+    found = summary.compare(a, b[::-1])  # joined by id, in whatever order
+    exact = np.array([[row["expected_exact_match"] for row in rows] for rows in (a, b)])
+    spread = (exact[1] - exact[0]).std(ddof=1) / math.sqrt(400)
+    row = found["expected_exact_match"]
+    assert row["difference"] == pytest.approx(np.diff(exact.mean(1))[0])
+    assert row["difference"] == pytest.approx(row["B"] - row["A"])
+    assert row["error"] == pytest.approx(spread)
+    assert found["greedy_exact_match"]["error"] == 0
+    # control: without the pairing
+    unpaired = math.hypot(*exact.std(1, ddof=1)) / math.sqrt(400)
+    assert unpaired > 5 * row["error"]
+
+
+def test_the_error_of_the_nll_is_the_spread_of_the_ratio_over_resampled_prompts():
+    """The delta method against a bootstrap: total nats over total tokens, prompts drawn anew."""
+    a, b = two_models()
+    values = [np.array([[row["nll"], row["tokens"]] for row in rows]) for rows in (a, b)]
+    row = summary.compare(a, b)["nll_per_token"]
+    ratios = [table[:, 0].sum() / table[:, 1].sum() for table in values]
+    assert [row["A"], row["B"]] == pytest.approx(ratios)
+    times = np.random.default_rng(1).multinomial(400, np.full(400, 1 / 400), size=4000)
+    draws = [times @ table for table in values]
+    spread = np.std([y[:, 0] / y[:, 1] for y in draws][1] - draws[0][:, 0] / draws[0][:, 1])
+    assert row["error"] == pytest.approx(spread, rel=0.05)
+    # control: the mean of the ratios is another figure, with another error
+    naive = [table[:, 0] / table[:, 1] for table in values]
+    assert abs(np.std(naive[1] - naive[0]) / 20 - spread) > 0.1 * spread
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda rows: rows[:-1],
+        lambda rows: [*rows[:-1], rows[0]],
+        lambda rows: [{**rows[0], "tokens": 99.0}, *rows[1:]],  # another tokenizer
+        lambda rows: [{"id": row["id"], "tokens": row["tokens"]} for row in rows],
+        lambda rows: [{"answer": "x"}],
+        lambda rows: [],
+    ],
+)
+def test_results_on_other_prompts_are_refused_in_one_line(other, tmp_path, refused):
+    rows = rows_of([0.5] * 4, [1.0] * 4, [3] * 4)
+    sets = {"a": rows, "b": other(rows), "same": rows, "one": rows[:1], "another": rows[:1]}
+    for name, content in sets.items():
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "by_prompt.jsonl", content)
+    a, b, same, *single = (str(tmp_path / name) for name in sets)
+    for folders in ([a, b], [b, a], single):
+        assert "same prompts, two or more" in refused(lambda f=folders: compare.main(f))
+    compare.main([a, same])  # control
 
 
 @pytest.mark.parametrize(
     "flags, word",
     [
-        (["no/such/model", str(THETA0)], "no/such/model"),
-        ([str(THETA0), "no/such/model"], "no/such/model"),
+        ([str(THETA0), str(THETA0)], "holds no by_prompt.jsonl"),
+        (["no/such/folder", str(THETA0)], "no/such/folder"),
         ([str(THETA0)], "required: B"),
-        ([str(THETA0), str(THETA0), "--out", "no/such/folder/x.json"], "no directory"),
-        ([str(THETA0), str(THETA0), "--lr", "0"], "--lr must be positive"),
+        ([str(THETA0), str(THETA0), "--recipe", "demo"], "unrecognized arguments: --recipe"),
     ],
 )
-def test_a_mistake_is_one_line_before_a_model_is_loaded(flags, word, refused, monkeypatch):
-    monkeypatch.setattr("spin.models.load_whole", lambda *a: pytest.fail("the model was loaded"))
-    assert word in refused(lambda: compare.main([*flags, *MICRO[:2]]))
+def test_what_is_no_result_is_refused_in_one_line(flags, word, refused):
+    assert word in refused(lambda: compare.main(flags))

@@ -6,20 +6,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, THETA0, torchrun
+from conftest import MICRO, THETA0, load, torchrun
 from transformers import AutoModelForCausalLM
 
 import evaluate
 from loss import sequence_logps
-from spin.codec import load_codec
+from spin.data.rows import read_rows
+from spin.data.selection import select
+from spin.data.text import encode, load_codec
 from spin.files import read_jsonl
-from spin.flags import parse
-from spin.intervals import COLUMNS
-from spin.packing import pack
-from spin.sampling import sample, uniforms
-from spin.selection import select
-from spin.sources import read_rows
-from spin.tokens import encode
+from spin.model.packing import pack
+from spin.recipe import parse
+from spin.report import figures
+from spin.report.summary import COLUMNS, summarise
+from spin.run.ranks import process_group
+from spin.sampling.engines import sample, uniforms
 
 
 def held_out():
@@ -29,7 +30,7 @@ def held_out():
 
 
 def test_expected_exact_match_and_nll_are_what_the_chain_rule_gives(played):
-    figures = json.loads((played / "eval.json").read_text())
+    found = json.loads((played / "eval.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.float64).eval()
     codec, pairs = held_out()
     chances, cooler, nll, tokens, greedy = [], [], 0.0, 0, []
@@ -45,43 +46,47 @@ def test_expected_exact_match_and_nll_are_what_the_chain_rule_gives(played):
         chances.append(math.exp(sum(terms)))
         greedy.append(all(best))
         nll, tokens = nll - sum(terms), tokens + len(terms)
-    assert figures["n"] == 12
-    assert figures["expected_exact_match"] == pytest.approx(sum(chances) / 12, rel=1e-4)
-    assert figures["expected_exact_match_cooler"] == pytest.approx(sum(cooler) / 12, rel=1e-4)
+    assert found["n"] == 12
+    assert found["expected_exact_match"] == pytest.approx(sum(chances) / 12, rel=1e-4)
+    assert found["expected_exact_match_cooler"] == pytest.approx(sum(cooler) / 12, rel=1e-4)
     assert sum(cooler) > 1.1 * sum(chances)  # control: the temperature makes a difference
-    assert figures["greedy_exact_match"] == pytest.approx(sum(greedy) / 12)
-    assert figures["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert found["greedy_exact_match"] == pytest.approx(sum(greedy) / 12)
+    assert found["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
     spread = torch.tensor(chances).std().item() / math.sqrt(12)
-    assert figures["expected_exact_match_stderr"] == pytest.approx(spread, rel=1e-3)
-    assert figures["win_rate"] is None and figures["margin"] is None  # nobody to play against
+    assert found["expected_exact_match_stderr"] == pytest.approx(spread, rel=1e-3)
+    assert found["win_rate"] is None and found["margin"] is None  # nobody to play against
 
 
-def test_a_model_against_itself_wins_half_with_margin_zero(tmp_path, capsys):
-    out, model = str(tmp_path / "out.json"), str(THETA0)
-    evaluate.main([*MICRO, "--model", model, "--opponent", model, "--out", out])
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["win_rate"] == 0.5 and figures["margin"] == pytest.approx(0, abs=1e-5)
+def test_a_model_against_itself_wins_half_with_margin_zero(played):
+    recipe, _ = parse(MICRO)
+    theta = str(THETA0)
+    with process_group() as world:
+        read = figures.read_held_out(theta, recipe)[:2]
+        table, _ = figures.figures_by_prompt(theta, theta, *read, recipe, 0, world)
+    result = summarise(table, has_opponent=True)
+    assert result["win_rate"] == 0.5 and result["margin"] == pytest.approx(0, abs=1e-5)
 
 
-def test_theta_1_is_evaluated_against_theta_0_and_wins(played):
-    figures = json.loads((played / "iter0" / "eval.json").read_text())
-    assert figures["win_rate"] > 0.5 and figures["margin"] > 0
-    start = json.loads((played / "eval.json").read_text())
-    assert figures["expected_exact_match"] > start["expected_exact_match"]
+def test_the_figures_of_any_model_go_where_out_says_and_leave_no_run(played, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    flags = ["--run", str(tmp_path / "run"), "--model", str(played / "iter0" / "model")]
+    evaluate.main([*MICRO, *flags, "--out", str(out)])
+    ours, of_run = (json.loads(p.read_text()) for p in (out, played / "iter0" / "eval.json"))
+    for key, value in ours.items():
+        if key not in ("win_rate", "margin", "made_from") and not key.endswith("_stderr"):
+            assert value == of_run[key]
+    assert ours["win_rate"] is None and ours["margin"] is None
+    assert "expected_exact_match" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 @torch.no_grad()
 def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played):
     """λ (log p_θ2/p_θ1 (y|x) − log p_θ2/p_θ1 (y'|x)), y' ~ p_θ1, a sequence at a time."""
     codec, pairs = held_out()
-    theta_1, theta_2 = (
-        AutoModelForCausalLM.from_pretrained(
-            played / f"iter{t}" / "model", dtype=torch.float32
-        ).eval()
-        for t in (0, 1)
-    )
+    theta_1, theta_2 = (load(played / f"iter{t}" / "model") for t in (0, 1))
     u = np.stack([uniforms(0, 1, pair["id"], 1, number=24) for pair in pairs])
-    drawn = sample(theta_1, [pair["prompt_ids"] for pair in pairs], codec.end, 24, u)
+    drawn = sample(theta_1, [pair["prompt_ids"] for pair in pairs], codec.eot_id, 24, u)
     margins = []
     for pair, (y, _) in zip(pairs, drawn, strict=True):
         two = [encode(codec, pair, response) for response in (pair["real"], y)]
@@ -89,12 +94,12 @@ def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played
             [sequence_logps(m, **pack([s], "cpu")).item() for s in two] for m in (theta_2, theta_1)
         )
         margins.append(4.0 * ((new[0] - old[0]) - (new[1] - old[1])))
-    figures = json.loads((played / "iter1" / "eval.json").read_text())
-    assert figures["margin"] == pytest.approx(sum(margins) / 12, rel=1e-3, abs=1e-4)
-    assert figures["margin"] != pytest.approx(
-        sum(margins) / 12 * 5 / 4, rel=1e-2
-    )  # control: iteration 0's λ
-    assert figures["win_rate"] == pytest.approx(sum((m > 0) + 0.5 * (m == 0) for m in margins) / 12)
+    found = json.loads((played / "iter1" / "eval.json").read_text())
+    mean = sum(margins) / 12
+    assert found["margin"] == pytest.approx(mean, rel=1e-3, abs=1e-4)
+    assert found["margin"] != pytest.approx(mean * 5 / 4, rel=1e-2)  # control: iteration 0's λ
+    assert found["win_rate"] == pytest.approx(sum((m > 0) + 0.5 * (m == 0) for m in margins) / 12)
+    assert found["win_rate"] > 0.5
 
 
 def test_two_ranks_give_the_figures_of_one(played, tmp_path):
@@ -108,36 +113,25 @@ def test_two_ranks_give_the_figures_of_one(played, tmp_path):
     }
 
 
-def test_the_figures_by_prompt_have_the_means_of_eval_json_and_temperature_1_is_temperature_1(
-    played, tmp_path
-):
-    figures = json.loads((played / "iter0" / "eval.json").read_text())
+def test_the_figures_by_prompt_have_the_means_of_eval_json(played):
+    found = json.loads((played / "iter0" / "eval.json").read_text())
     rows = list(read_jsonl(played / "iter0" / "by_prompt.jsonl"))
     assert [row["id"] for row in rows] == [pair["id"] for pair in held_out()[1]]
-    for key in COLUMNS:
-        if key not in ("nll", "tokens"):
-            assert sum(row[key] for row in rows) / 12 == pytest.approx(figures[key])
-    assert sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows) == pytest.approx(
-        figures["nll_per_token"]
-    )
-    out = tmp_path / "out.json"
-    evaluate.main([*MICRO, "--model", str(THETA0), "--eval-temperature", "1", "--out", str(out)])
-    at_1 = json.loads(out.read_text())
-    assert at_1["expected_exact_match_cooler"] == pytest.approx(at_1["expected_exact_match"])
-
-
-def test_a_one_off_evaluation_leaves_no_run_behind(tmp_path, capsys):
-    evaluate.main([*MICRO, "--run", str(tmp_path / "run"), "--model", str(THETA0)])
-    assert "expected_exact_match" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    sums = {key: sum(row[key] for row in rows) for key in COLUMNS}
+    ratio = sums.pop("nll") / sums.pop("tokens")
+    assert found["nll_per_token"] == pytest.approx(ratio)
+    assert {key: total / 12 for key, total in sums.items()} == {
+        key: pytest.approx(found[key]) for key in sums
+    }
 
 
 @pytest.mark.parametrize(
     "flags, word",
     [
         (["--iter", "0", "--theta0"], "exclude each other"),
-        (["--iter", "0", "--opponent", str(THETA0)], "go with --model alone"),
-        (["--theta0", "--out", "out.json"], "go with --model alone"),
-        (["--model", str(THETA0), "--opponent", "no/such/model"], "no model at no/such/model"),
+        (["--iter", "0", "--out", "out.json"], "goes with --model alone"),
+        (["--theta0", "--out", "out.json"], "goes with --model alone"),
+        (["--model", str(THETA0), "--opponent", str(THETA0)], "unrecognized arguments: --opponent"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, word, tmp_path, refused):

@@ -7,19 +7,19 @@ import shutil
 import pytest
 import torch
 from conftest import MICRO, load, stage, torchrun
-from families import FAMILIES, alone, random_sequences, save, tiny
+from families import FAMILIES, alone, gradient, quick_and_long, random_sequences, save, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loss import sequence_logps
 from spin.files import read_jsonl
-from spin.models import refuse_missing_attention
-from spin.packing import pack, packed
+from spin.model.packing import is_padded, pack, packed
 
-# one of each way: a packed row with a window, explicit masks, padded rows of several kinds
+# a packed row with a window, a packed row without, padded batches of several kinds
 QUICK = ["Mistral, window", "GPT-OSS", "OPT", "Falcon", "Nemotron"]
-QUICK_AND_LONG = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES
-]
+# three that are packed, and all kinds that are not: sinks, ALiBi, no layer that asks, state space,
+# convolutions, softcap
+PACKED = ["Mistral, window", "OPT", "GPT-2"]
+PADDED = ["GPT-OSS", "Falcon", "Nemotron", "Mamba", "LFM2", "Gemma 2"]
 FLAGS = shlex.split(
     "--num-prompts 6 --eval-prompts 3 --batch-size 6 --epochs 1 --max-new-tokens 12"
 )
@@ -45,12 +45,13 @@ def scores_and_oracle(run, t: int, theta_t, sources: range):
     how = {"attn_implementation": "eager", "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(theta_t, **how).eval()
     tokenizer = AutoTokenizer.from_pretrained(theta_t)
-    wanted = [alone(model, sequences_of(rows[s["iter"], s["id"]], tokenizer)) for s in scores]
+    with torch.no_grad():
+        wanted = [alone(model, sequences_of(rows[s["iter"], s["id"]], tokenizer)) for s in scores]
     got = [[s["logp_real"], s["logp_generated"]] for s in scores]
     return torch.tensor(got, dtype=torch.float64), torch.stack(wanted)
 
 
-@pytest.mark.parametrize("name", QUICK_AND_LONG)
+@pytest.mark.parametrize("name", quick_and_long(*QUICK))
 def test_two_iterations_score_every_sequence_as_if_it_were_alone(name, tmp_path):
     theta = save(tiny(name), tmp_path / "theta")
     run = tmp_path / "run"
@@ -63,26 +64,38 @@ def test_two_iterations_score_every_sequence_as_if_it_were_alone(name, tmp_path)
             stage("evaluate", run, "--iter", t, *flags)
         got, wanted = scores_and_oracle(run, t, theta, range(max(0, t - 1), t + 1))
         assert (got - wanted).abs().max() < 1e-3
+        # the opponent scored in the very micro-batches of the first epoch
+        assert next(read_jsonl(run / f"iter{t}" / "metrics.jsonl"))["margin_std"] == 0
         # control: another sequence's score is far away
         assert ((got - wanted.flip(0)).abs().max(1).values > 1).any()
         theta = run / f"iter{t}" / "model"
 
 
 @pytest.mark.parametrize("attention", ["auto", "eager", "sdpa"])
-@pytest.mark.parametrize("name", QUICK_AND_LONG)
-def test_with_any_attention_a_packed_row_has_the_log_probs_of_each_sequence_alone(name, attention):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_any_attention_a_row_has_log_probs_and_gradients_of_each_sequence_alone(
+    name, attention
+):
     model = tiny(name)
     sequences = random_sequences()
-    wanted = alone(model, sequences)
     if attention == "sdpa" and not model._supports_sdpa:
-        with pytest.raises(SystemExit):
-            refuse_missing_attention(model.config, attention)
-        return
-    if attention != "auto" and attention != model.config._attn_implementation:
+        return  # refused: test_probe.py
+    if attention != "auto":
         model.config._attn_implementation = attention
-    with packed(model, attention), torch.no_grad():
+    before = model.config._attn_implementation
+    wanted = alone(model, sequences)
+    wanted_gradient = gradient(wanted, model)
+    with packed(model, attention) as method:
+        assert is_padded(model) == (method == "padded")
+        if attention == "auto" and name in PACKED + PADDED:
+            assert method == ("packed" if name in PACKED else "padded")
+        assert method == "padded" or attention == "auto"
         got = sequence_logps(model, **pack(sequences, "cpu"))
+        got_gradient = gradient(got, model)
     assert (got - wanted).abs().max() < 1e-3
+    assert (got_gradient - wanted_gradient).norm() < 1e-3 * wanted_gradient.norm()
+    # as it was, for sampling
+    assert model.config._attn_implementation == before and "forward" not in vars(model)
     with torch.no_grad():  # control: the same row, and nothing keeps its sequences apart
         names = ("input_ids", "logits_to_keep")
         together = sequence_logps(
@@ -93,8 +106,8 @@ def test_with_any_attention_a_packed_row_has_the_log_probs_of_each_sequence_alon
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["Falcon", "GPT-OSS"])
-def test_two_ranks_score_and_train_as_one_does_in_padded_rows_and_with_masks(name, tmp_path):
-    """Every rank must make as many passes, probe and trial included, or the run would hang."""
+def test_two_ranks_score_and_train_as_one_does_in_padded_batches(name, tmp_path):
+    """Every rank must make as many passes, those of the probe included, or the run would hang."""
     theta = save(tiny(name), tmp_path / "theta")
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--iter", 0, *FLAGS, "--model", theta]

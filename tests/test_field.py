@@ -7,15 +7,17 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import MICRO, THETA0, shell, stage, torchrun
+from conftest import MICRO, THETA0, as_in_a_shell, shell, stage, torchrun
 from safetensors.torch import load_file, save_file
 from test_faults import train_up_to_the_export
 from test_train import fresh
 from transformers import AutoTokenizer
 
-from spin import checks, compare, lm_harness, mt_bench
+from spin import checks
+from spin.bench import harness
 from spin.files import write_jsonl
 
 PAIRS = [{"prompt": f"Spell {w}", "real": "-".join(w), "generated": w} for w in ("tin", "kola")]
@@ -53,109 +55,90 @@ def test_a_tokenizer_with_several_chat_templates_is_exported_with_all_of_them(ot
     assert exported == {"default": CHAT, other: TOOLS}
 
 
+FILES_OF_A_MODEL = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json"),
+    *("tekken.json", "added_tokens.json", "source.spm", "bpe.codes"),
+)
+
+
 def test_a_model_edited_between_stages_is_noticed_and_other_files_beside_it_do_not_matter(
     tmp_path, refused
 ):
     run = tmp_path / "run"
     flags = chat_model(tmp_path / "theta")
-    stage("generate", run, "--iter", 0, *flags)
     for t, folder in enumerate((tmp_path / "theta", run / "iter0" / "model")):
-        name = "generate" if t else "train"
-        for text in (
-            *("config.json", "tokenizer.json", "tokenizer_config.json"),
-            *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
-            *("vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json"),
-            *("tekken.json", "added_tokens.json", "source.spm", "bpe.codes"),
-        ):
+        stage("generate", run, "--iter", t, *flags)
+        for text in FILES_OF_A_MODEL:
             path = folder / text
             before = path.read_text() if path.exists() else None
             path.parent.mkdir(exist_ok=True)
             # an edit that keeps the size, which no number of bytes tells
             path.write_text(before.replace("s", "S") if before else TOOLS)
-            line = refused(lambda n=name, i=t: stage(n, run, "--iter", i, *flags))
-            assert f"{path} is damaged, changed or new, by the checksums in " in line
+            line = refused(lambda i=t: stage("train", run, "--iter", i, *flags))
+            assert f"{folder} is not the model" in line or f"another model than {folder}" in line
             path.write_text(before) if before else path.unlink()
         (folder / "README.md").write_text("Mine.")
         (folder / "result.json").write_text("{}")
-        stage(name, run, "--iter", t, *flags)  # the control
+        stage("train", run, "--iter", t, *flags)  # the control
 
 
 # ---- a result made from something else -----------------------------------------------------------
 
 
-def test_pairs_given_to_an_iteration_that_was_made_from_others_are_refused(tmp_path, refused):
-    for name, rows in (("a", PAIRS), ("b", PAIRS[:1])):
-        write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    run = tmp_path / "run"
-    a, b = (["--iter", 0, "--pairs", tmp_path / f"{name}.jsonl"] for name in "ab")
-    stage("train", run, *a)
-    stage("train", run, *a)  # nothing to do
-    for other in (b, ["--iter", 0]):
-        assert "was made from these pairs" in refused(lambda o=other: stage("train", run, *o))
-    own = tmp_path / "own"
-    stage("generate", own, "--iter", 0)
-    stage("train", own, "--iter", 0)
-    assert "was made from these pairs" in refused(lambda: stage("train", own, *a))
-    stage("train", own, "--iter", 0)  # nothing to do
-
-
-def test_a_folder_of_pairs_is_known_by_what_is_in_it(tmp_path, refused, monkeypatch):
-    (tmp_path / "set").mkdir()
-    write_jsonl(tmp_path / "set" / "a.jsonl", PAIRS)
-    run = tmp_path / "run"
-    stage("train", run, "--iter", 0, "--pairs", tmp_path / "set")
+def test_pairs_given_to_an_iteration_that_was_made_from_others_are_refused(
+    played, tmp_path, refused, monkeypatch
+):
+    """Pairs are known by what is in the files, whatever path names them."""
     monkeypatch.chdir(tmp_path)
-    stage("train", run, "--iter", 0, "--pairs", "set")  # nothing to do
-    write_jsonl(tmp_path / "set" / "a.jsonl", PAIRS[:1])
-    line = refused(lambda: stage("train", run, "--iter", 0, "--pairs", "set"))
-    assert "was made from these pairs" in line
-
-
-def test_the_loop_does_not_take_an_iteration_of_other_pairs_for_its_own(played, tmp_path, refused):
+    for name, rows in (("a", PAIRS), ("b", PAIRS[:1])):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", rows)
+    run = tmp_path / "run"
+    flags = ["--iter", 0, "--split", "train"]
+    a, b, again = ([*flags, "--pairs", name] for name in ("a", "b", tmp_path / "a"))
+    stage("train", run, *a)
+    stage("train", run, *again)  # nothing to do
+    for other in (b, flags):
+        assert "not trained on these pairs" in refused(lambda o=other: stage("train", run, *o))
+    line = refused(lambda: checks.main([*MICRO, "--split", "train", "--run", str(run)]))
+    assert "not trained on these pairs" in line  # the loop's own have no --pairs
+    shutil.copy(tmp_path / "b" / "train.jsonl", tmp_path / "a")
+    assert "not trained on these pairs" in refused(lambda: stage("train", run, *a))
     checks.main([*MICRO, "--run", str(played)])  # the control
-    write_jsonl(tmp_path / "a.jsonl", PAIRS)
-    stage("train", tmp_path / "run", "--iter", 0, "--pairs", tmp_path / "a.jsonl")
-    for _ in range(2):
-        line = refused(lambda: checks.main([*MICRO, "--run", str(tmp_path / "run")]))
-        assert "was made from these pairs" in line
-        for lost in (tmp_path / "run" / "iter0").glob("pairs.*"):  # which makes them no other ones
-            lost.unlink()
+    line = refused(lambda: stage("train", played, "--iter", 0, "--pairs", "b"))
+    assert "not trained on these pairs" in line
+    stage("train", played, "--iter", 0)  # nothing to do
 
 
-def test_a_result_of_another_model_or_recipe_is_not_taken_for_this_one(
-    played, tmp_path, refused, capsys
+def test_a_result_made_from_something_else_is_not_taken_for_this_one(
+    played, tmp_path, refused, capsys, monkeypatch
 ):
     out = tmp_path / "result.json"
     theta_1 = played / "iter0" / "model"
-    flags = ["--model", THETA0, "--out", out]
-    stage("evaluate", tmp_path, *flags)
-    before = out.read_text()
-    stage("evaluate", tmp_path, *flags)
-    assert "nothing to do" in capsys.readouterr().out
-    for other, word in (
-        (["--model", theta_1], "another model"),
-        (["--opponent", theta_1], "another opponent"),
-        (["--eval-prompts", 5], "another recipe"),
-    ):
-        line = refused(lambda o=other: stage("evaluate", tmp_path, *flags, *o))
-        assert f"{out} is there already, made with {word}" in line
-    assert out.read_text() == before
-
-
-def test_a_result_of_another_held_out_set_or_of_unknown_origin_is_not_taken_for_this_one(
-    tmp_path, refused
-):
+    shutil.copytree(THETA0, tmp_path / "theta")
     held_out = tmp_path / "held.jsonl"
     write_jsonl(held_out, [{"prompt": "Spell tin", "response": "t-i-n"}])
-    flags = ["--theta0", "--eval-data", held_out]
-    stage("evaluate", tmp_path / "run", *flags)
-    stage("evaluate", tmp_path / "run", *flags)  # nothing to do
+    flags = ["--out", out, "--eval-data", held_out, "--model"]
+    monkeypatch.chdir(tmp_path)
+    stage("evaluate", tmp_path, *flags, "theta")
+    before = out.read_text()
+    stage("evaluate", tmp_path, *flags, tmp_path / "theta")  # the same by another path
+    assert "nothing to do" in capsys.readouterr().out
+    theta = [*flags, "theta"]
+    for other, word in (
+        ([*flags, theta_1], "another model"),
+        ([*theta, "--eval-prompts", 5], "another recipe"),
+    ):
+        line = refused(lambda o=other: stage("evaluate", tmp_path, *o))
+        assert f"{out} is there already, made with {word}" in line
     write_jsonl(held_out, [{"prompt": "Spell tin", "response": "tin"}])
-    line = refused(lambda: stage("evaluate", tmp_path / "run", *flags))
-    assert "eval.json is there already, made with another eval_data" in line
-    (tmp_path / "mine.json").write_text('{"expected_exact_match": 1.0}')
-    flags = ["--model", THETA0, "--out", tmp_path / "mine.json"]
-    assert "made with another model" in refused(lambda: stage("evaluate", tmp_path, *flags))
+    line = refused(lambda: stage("evaluate", tmp_path, *theta))
+    assert "made with another eval_data" in line
+    assert out.read_text() == before
+    out.write_text('{"expected_exact_match": 1.0}')  # of unknown origin
+    assert "made with another model" in refused(lambda: stage("evaluate", tmp_path, *theta))
 
 
 def test_benchmarks_of_other_tasks_or_fewer_questions_are_not_taken_for_those_asked_for(
@@ -164,7 +147,7 @@ def test_benchmarks_of_other_tasks_or_fewer_questions_are_not_taken_for_those_as
     def run_benchmarks(policy, recipe, asked, limit):
         return {"tasks": {}}
 
-    monkeypatch.setattr(lm_harness, "run_benchmarks", run_benchmarks)
+    monkeypatch.setattr(harness, "run_benchmarks", run_benchmarks)
     flags = ["--theta0", "--tasks"]
     stage("evaluate", tmp_path, *flags, "paper")
     stage("evaluate", tmp_path, *flags, "paper")
@@ -174,84 +157,20 @@ def test_benchmarks_of_other_tasks_or_fewer_questions_are_not_taken_for_those_as
         assert f"benchmarks.json is there already, made with another {word}: " in line
 
 
-def test_a_comparison_of_other_models_is_not_taken_for_this_one(played, tmp_path, refused, capsys):
-    out = str(tmp_path / "result.json")
-    theta_1, theta_2 = (str(played / f"iter{t}" / "model") for t in (0, 1))
-    compare.main([str(THETA0), theta_1, *MICRO, "--out", out])
-    compare.main([str(THETA0), theta_1, *MICRO, "--out", out])
-    assert "nothing to do" in capsys.readouterr().out
-    line = refused(lambda: compare.main([str(THETA0), theta_2, *MICRO, "--out", out]))
-    assert "made with another opponent" in line
-
-
-def test_an_evaluation_is_not_taken_for_a_comparison_of_the_same_models(played, tmp_path, refused):
-    """Nor the other way round; both read the same models, recipe and set."""
-    one, two = (tmp_path / f"{name}.json" for name in ("evaluation", "comparison"))
-    models = ["--model", str(THETA0), "--opponent", str(played / "iter0" / "model")]
-    stage("evaluate", tmp_path, *models, "--out", one)
-    same = [models[1], models[3], *MICRO]
-    assert "another program" in refused(lambda: compare.main([*same, "--out", str(one)]))
-    compare.main([*same, "--out", str(two)])
-    assert "another tasks" in refused(lambda: stage("evaluate", tmp_path, *models, "--out", two))
-
-
-@pytest.mark.parametrize("writes_date", [True, False])
-def test_a_result_of_another_day_is_another_one_where_the_chat_template_writes_the_day(
-    writes_date, tmp_path, refused
+def test_a_result_of_another_day_is_another_one_where_a_chat_template_may_write_the_day(
+    tmp_path, refused
 ):
-    flags = [*chat_model(tmp_path / "theta"), "--out", tmp_path / "result.json"]
-    if writes_date:
-        template = "{{ strftime_now('%d') }}" + CHAT
-        (tmp_path / "theta" / "chat_template.jinja").write_text(template)
-    stage("evaluate", tmp_path, *flags, "--date", "2026-01-31")
-    stage("evaluate", tmp_path, *flags, "--date", "2026-01-31")  # nothing to do
-
-    def next_day():
-        stage("evaluate", tmp_path, *flags, "--date", "2026-02-01")
-
-    if writes_date:
-        assert "made with another date" in refused(next_day)
-    else:
-        next_day()  # nothing to do
-
-
-def test_a_result_is_known_by_whatever_path_its_model_is_named(tmp_path, capsys, monkeypatch):
-    shutil.copytree(THETA0, tmp_path / "theta")
-    flags = ["--eval-prompts", 4, "--out", tmp_path / "result.json"]
-    stage("evaluate", tmp_path, "--model", tmp_path / "theta", *flags)
-    monkeypatch.chdir(tmp_path)
-    stage("evaluate", tmp_path, "--model", "theta", *flags)
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_answers_for_mt_bench_of_another_model_are_not_taken_for_its(
-    played, long_theta, tmp_path, refused, capsys
-):
-    write_jsonl(tmp_path / "question.jsonl", [{"question_id": 1, "turns": ["Spell tin"]}])
-    flags = [str(tmp_path / "question.jsonl"), *MICRO, "--out", str(tmp_path / "m.jsonl")]
-    mt_bench.main([*flags, "--model", str(long_theta)])
-    mt_bench.main([*flags, "--model", str(long_theta)])
-    assert "nothing to do" in capsys.readouterr().out
-    line = refused(lambda: mt_bench.main([*flags, "--model", str(THETA0)]))
-    assert "made with another model" in line
-    (tmp_path / "m.json").unlink()
-    assert "m.jsonl is there already" in refused(
-        lambda: mt_bench.main([*flags, "--model", str(long_theta)])
-    )
+    flags = [*chat_model(tmp_path / "theta"), "--out", tmp_path / "result.json", "--date"]
+    stage("evaluate", tmp_path, *flags, "2026-01-31")
+    stage("evaluate", tmp_path, *flags, "2026-01-31")  # nothing to do
+    line = refused(lambda: stage("evaluate", tmp_path, *flags, "2026-02-01"))
+    assert "made with another recipe" in line
 
 
 # ---- what a shell shows of a refusal -------------------------------------------------------------
 
 
 INDEX_LOST = r"error: .*/checkpoint/\d+ is damaged .*: delete .*\n"
-
-
-def no_index(run):
-    """A checkpoint without its .metadata, and without the checksums that would tell of it first."""
-    (index,) = (run / "iter0" / "checkpoint").glob("*/.metadata")
-    index.unlink()
-    for listed in index.parent.glob("*.sha256"):
-        listed.unlink()
 
 
 def foreign_weights(folder):
@@ -270,17 +189,12 @@ def cut_tokenizer(folder):
     os.truncate(folder / "tokenizer.json", 900)
 
 
-def changed(change, tmp_path):
-    shutil.copytree(THETA0, tmp_path / "theta")
-    change(tmp_path / "theta")
-    return ["--model", tmp_path / "theta"]
-
-
 @pytest.fixture()
 def checkpoint_without_index(played, tmp_path, monkeypatch):
     run = fresh(played, tmp_path / "run")
     train_up_to_the_export(run, 0, monkeypatch)
-    no_index(run)
+    (index,) = (run / "iter0" / "checkpoint").glob("*/.metadata")
+    index.unlink()
     return [*MICRO, "--run", run, "--iter", 0]
 
 
@@ -298,19 +212,27 @@ def test_of_two_ranks_it_is_one_line_too_before_the_report_of_torchrun(checkpoin
 
 @pytest.mark.parametrize("change", [foreign_weights, cut_weights, cut_tokenizer])
 def test_a_model_that_is_not_whole_is_one_line_of_a_shell(change, tmp_path):
-    flags = [*MICRO, "--run", tmp_path / "run", "--iter", 0, *changed(change, tmp_path)]
-    done = shell(sys.executable, "generate.py", *flags)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: [^\n]*\n", done.stderr), done.stderr
+    shutil.copytree(THETA0, tmp_path / "theta")
+    change(tmp_path / "theta")
+
+    def generate():
+        stage("generate", tmp_path / "run", "--iter", 0, "--model", tmp_path / "theta")
+
+    code, shown = as_in_a_shell(generate, tmp_path / "stderr")
+    assert code == 2
+    assert re.fullmatch(r"error: [^\n]*\n", shown), shown
 
 
 @pytest.mark.long
 def test_a_hub_that_cannot_be_reached_is_one_line_unless_one_asks_for_its_retries(tmp_path):
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "generate.py", *MICRO, "--run", tmp_path, "--iter", 0]
-    for what in ("--model", "--data"):
-        done = shell(*command, what, "no-such/thing", env=nowhere)
+    loud = {**nowhere, "HF_HUB_VERBOSITY": "info"}
+    cases = [("--model", nowhere), ("--data", nowhere), ("--model", loud)]
+    with ThreadPoolExecutor() as pool:  # each waits for its retries
+        runs = [pool.submit(shell, *command, what, "no-such/thing", env=e) for what, e in cases]
+    *quiet, control = (run.result() for run in runs)
+    for done in quiet:
         assert done.returncode == 2
-        assert re.fullmatch(r"error: cannot load [^\n]*\n", done.stderr), done.stderr
-    done = shell(*command, "--model", "no-such/thing", env={**nowhere, "HF_HUB_VERBOSITY": "info"})
-    assert "Retrying in" in done.stderr  # the control
+        assert re.fullmatch(r"error: cannot (load|read) [^\n]*\n", done.stderr), done.stderr
+    assert "Retrying in" in control.stderr

@@ -14,14 +14,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_data import spaced_tokenizer, talk
 
-from spin.codec import make_codec
-from spin.data import to_pair
-from spin.distributed import World
-from spin.packing import balanced_bins, pack
-from spin.pairs import batches, micro_batches
+from spin.data.pairs import batches, bins_of, micro_batches
+from spin.data.rows import to_pair
+from spin.data.selection import select
+from spin.data.text import decode, encode, holds_special, make_codec, parses_specials
+from spin.model.packing import pack
 from spin.recipe import Recipe
-from spin.selection import select
-from spin.tokens import decode, encode, holds_special, parses_specials
+from spin.run.ranks import World
 
 NUMBER = int(os.environ.get("FUZZ", 200))
 many = settings(
@@ -85,7 +84,7 @@ def test_ids_and_masks_of_any_text(tok, shape, template, prompt, response, other
     ids, mask = encode(codec, pair, response)
     # one BOS; more only where the template is written with them
     written = 0 if template == "paper" else template.count(tok.bos_token or "\0\0")
-    if not codec.begin:
+    if not codec.bos_ids:
         assert ids.count(tok.bos_token_id) == written
     else:
         there = written > 0 and template.replace("{prompt}", prompt).startswith(tok.bos_token)
@@ -140,7 +139,7 @@ sizes = st.lists(st.one_of(st.integers(1, 40), st.integers(0, 5000)), min_size=1
 @many
 @given(sizes=sizes, budget=st.integers(1, 3000), parts=st.integers(1, 17))
 def test_bins_hold_everything_once(sizes, budget, parts):
-    bins = balanced_bins(sizes, budget, parts)
+    bins = bins_of(sizes, budget, parts)
     load = [sum(sizes[i] for i in b) for b in bins]
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     assert len(bins) % parts == 0 and load == sorted(load, reverse=True)
@@ -182,19 +181,6 @@ def test_a_packed_row_holds_every_sequence_and_tells_where_each_answer_token_is_
             assert (ids[place], positions[place]) == (tokens[j - 1], j - 1)
             assert next(labels) == tokens[j]
     assert next(places, None) is None
-
-    # what attention is told gives each sequence back, prompt included
-    layout, bounds = row["attention"]["layout"], row["attention"]["cu_seq_lens_q"].tolist()
-    own = [ids[a:b] for a, b in itertools.pairwise(bounds)]
-    wholes = own[: len(layout.wholes)]
-    found = wholes + [
-        wholes[whole][:skip] + rest
-        for (whole, skip, _), rest in zip(layout.branches, own[len(wholes) :], strict=True)
-    ]
-    assert [len(rest) for rest in own[len(wholes) :]] == [n for *_, n in layout.branches]
-    assert sorted(found) == sorted(tokens for tokens, _ in sequences)
-    keys = row["attention"]["cu_seq_lens_k"].diff().tolist()
-    assert keys == [len(one) for one in found] and max(keys) == row["attention"]["max_length_k"]
 
 
 @many

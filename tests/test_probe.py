@@ -1,25 +1,22 @@
-"""spin/probe.py: it finds a leak of one token, a lost mask, a wrong window, angles that move; it
-passes what only rounds otherwise."""
+"""spin/model/probe.py: it finds a leak of one token, a wrong window, angles that move; it passes
+what is only rounded differently."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
 from conftest import MICRO, THETA0, load, stage
-from families import FAMILIES, LONGROPE, save, tiny
-from transformers import AttentionInterface, GPT2Config, OpenAIGPTConfig, OpenAIGPTLMHeadModel
-from transformers.masking_utils import create_masks_for_generate
+from families import FAMILIES, LONGROPE, tiny
+from test_packing import bottom_right
+from transformers import AttentionInterface
 
 import train
-from spin import models, packing, probe
-from spin.attention import Layout, packed_attention
-from spin.distributed import World, process_group
-from spin.flags import parse
+from spin.model import attention, packing, probe, weights
+from spin.model.attention import Layout, packed_attention
+from spin.recipe import parse
+from spin.run.ranks import World, process_group
 
-QUICK = ["Mistral, window", "Qwen3-MoE", "GPT-OSS", "Gemma 2", "OPT", "Falcon", "Mamba"]
-QUICK_AND_LONG = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES
-]
 HERE = World(0, 1, torch.device("cpu"))
 MOVES = "other tokens in one move another"  # what (a) says
 DIFFERS = "one differs from the same sequence alone"  # what (b) says
@@ -30,15 +27,17 @@ def probed(model, *flags):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", QUICK_AND_LONG)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_all_kinds_pass_in_every_attention_and_dtype(name, dtype):
     model = tiny(name)
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     attentions = ["eager", "sdpa"] if model._supports_sdpa else ["eager"]
+    before = torch.get_rng_state()
     probed(model, "--dtype", dtype)
-    for attention in attentions:
-        model.config._attn_implementation = attention
-        probed(model, "--dtype", dtype, "--attention", attention)
+    assert torch.equal(torch.get_rng_state(), before)
+    for implementation in attentions:
+        model.config._attn_implementation = implementation
+        probed(model, "--dtype", dtype, "--attention", implementation)
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -71,9 +70,7 @@ def bounds_moved_by(step):
 
 def no_bounds(kwargs):
     """All tokens of the row as one sequence."""
-    tokens = int(kwargs["cu_seq_lens_q"][-1])
-    bounds = torch.tensor([0, tokens])
-    return {"layout": Layout([tokens], []), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    return {"layout": Layout([int(kwargs["cu_seq_lens_q"][-1])], [])}
 
 
 def branches_moved_by(step):
@@ -82,9 +79,7 @@ def branches_moved_by(step):
     def change(kwargs):
         layout = kwargs["layout"]
         branches = [(whole, shared + step, own) for whole, shared, own in layout.branches]
-        bounds = kwargs["cu_seq_lens_k"].clone()
-        bounds[-1] += step * len(branches)
-        return {"layout": Layout(layout.wholes, branches), "cu_seq_lens_k": bounds}
+        return {"layout": Layout(layout.wholes, branches)}
 
     return change
 
@@ -93,15 +88,7 @@ def another_prompt(kwargs):
     """A branch sees the beginning of another sequence."""
     layout = kwargs["layout"]
     branches = [(0, layout.wholes[0] - 1, own) for *_, own in layout.branches]
-    bounds = kwargs["cu_seq_lens_k"].clone()
-    for (_, is_now, _), (_, was, _) in zip(branches, layout.branches, strict=True):
-        bounds[-1] += is_now - was
-    return {"layout": Layout(layout.wholes, branches), "cu_seq_lens_k": bounds}
-
-
-def top_left(kwargs):
-    """A branch's first query stands beside its prompt's first key."""
-    return {"cu_seq_lens_k": kwargs["cu_seq_lens_q"]}
+    return {"layout": Layout(layout.wholes, branches)}
 
 
 def window_of(size):
@@ -115,96 +102,77 @@ FAULTS_OF_ATTENTION = {
     "a generated answer sees a token of the real one": ("Llama", branches_moved_by(1), MOVES),
     "a generated answer misses a token of its prompt": ("Llama", branches_moved_by(-1), DIFFERS),
     "a generated answer sees another prompt": ("Llama", another_prompt, DIFFERS),
-    "a generated answer is aligned top left": ("Llama", top_left, DIFFERS),
     "a window too small": ("Mistral, window", window_of(6), DIFFERS),
     "a window too large": ("Mistral, window", window_of(8), DIFFERS),
     "no window": ("Mistral, window", window_of(None), DIFFERS),
     "a window where there is none": ("Llama", window_of(40), DIFFERS),
     "one window for all layers": ("Gemma 3", window_of(7), DIFFERS),
     "another scale": ("Llama", lambda kwargs: {"scaling": 1.1 * kwargs["scaling"]}, DIFFERS),
+    "a leak between experts, whose bits may differ": ("Mixtral", bounds_moved_by(-1), MOVES),
+    "bf16: a leak": ("Llama", bounds_moved_by(-1), MOVES),
+    "bf16: no window": ("Mistral, window", window_of(None), DIFFERS),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS_OF_ATTENTION)
 def test_a_fault_of_packed_attention_is_found_and_named(fault, refused):
     name, change, finding = FAULTS_OF_ATTENTION[fault]
+    half = fault.startswith("bf16")
+    model = tiny(name).to(torch.bfloat16 if half else torch.float32)
+    dtype = ["--dtype", "bf16" if half else "fp32"]
     with attention_that(change):
-        line = refused(lambda: probed(tiny(name)))
-    assert finding in line and line.startswith(f"error: {type(tiny(name)).__name__} cannot keep")
-    assert "try --attention eager, or another model" in line
-    with attention_that(lambda kwargs: {}):  # control
-        probed(tiny(name))
+        line = refused(lambda: probed(model, *dtype))
+    assert finding in line and line.startswith(f"error: {type(model).__name__} cannot keep")
+    assert "try another --attention, or another model" in line
+    probed(model, *dtype)  # control
 
 
-def seen_from_behind(masks):
-    """A token sees the first one behind its sequence's end."""
-    for mask in masks.values():
-        mask[..., 5, 8] = 0.0  # the first of three sequences has 64 / 8 tokens
-    return masks
+def columns_moved(forward, **row):
+    """The padded batch is right, but its logits are taken a place too late."""
+    return packing_forward(forward, **{**row, "logits_to_keep": row["logits_to_keep"] + 1})
 
 
-def one_for_all(masks):
-    return masks["full_attention"]
+def neighbours_mixed(forward, **row):
+    """A padded batch in which each sequence sees a token of the one before it."""
+    ids = row["input_ids"].clone()
+    starts = row["cu_seq_lens_q"][1:-1].long()
+    ids[0, starts] = ids[0, starts - 1]
+    return packing_forward(forward, **{**row, "input_ids": ids})
 
 
-FAULTS_OF_MASKS = {
-    "a token sees the next sequence": ("Gemma 2", seen_from_behind, MOVES),
-    "the masks are lost": ("GPT-OSS", lambda masks: None, MOVES),
-    "one mask for all kinds of layers": ("Gemma 2", one_for_all, DIFFERS),
+packing_forward = packing.forward_padded
+FAULTS_OF_PADDING = {
+    "logits of another place": ("Falcon", columns_moved, DIFFERS),
+    "a token of another sequence": ("GPT-OSS", neighbours_mixed, MOVES),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS_OF_MASKS)
-def test_a_fault_of_explicit_masks_is_found_and_named(fault, refused, monkeypatch):
-    name, change, finding = FAULTS_OF_MASKS[fault]
-
-    def broken(*args, **kwargs):
-        return change(create_masks_for_generate(*args, **kwargs))
-
-    monkeypatch.setattr(packing, "create_masks_for_generate", broken)
-    line = refused(lambda: probed(tiny(name)))
-    assert finding in line
+@pytest.mark.parametrize("fault", FAULTS_OF_PADDING)
+def test_a_fault_of_padded_batches_is_found_and_named(fault, refused, monkeypatch):
+    name, broken, finding = FAULTS_OF_PADDING[fault]
+    monkeypatch.setattr(packing, "forward_padded", broken)
+    assert finding in refused(lambda: probed(tiny(name)))
     monkeypatch.undo()
     probed(tiny(name))  # control
 
 
-def test_a_leak_is_found_between_experts_too_whose_bits_may_differ(refused):
-    with attention_that(bounds_moved_by(-1)):
-        assert MOVES in refused(lambda: probed(tiny("Mixtral")))
+def test_a_branch_whose_first_query_stands_beside_its_prompts_first_key_is_found(
+    refused, monkeypatch
+):
+    top_left = functools.partial(bottom_right, aligned="top left")
+    monkeypatch.setattr(attention, "kernel_for", lambda *args: top_left)
+    assert DIFFERS in refused(lambda: probed(tiny("Llama")))
+    monkeypatch.setattr(attention, "kernel_for", lambda *args: bottom_right)
+    probed(tiny("Llama"))  # control
 
 
-def test_a_leak_is_found_in_bf16(refused):
-    with attention_that(bounds_moved_by(-1)):
-        model = tiny("Llama").to(torch.bfloat16)
-        assert MOVES in refused(lambda: probed(model, "--dtype", "bf16"))
-    with attention_that(window_of(None)):
-        model = tiny("Mistral, window").to(torch.bfloat16)
-        assert DIFFERS in refused(lambda: probed(model, "--dtype", "bf16"))
-
-
-# ---- rotary angles that move ---------------------------------------------------------------------
-
-
-def long_phi():
-    return tiny("Phi-3, longrope", original_max_position_embeddings=20)
+# ---- rotary angles that move; in the stages: test_bad_input.py -----------------------------------
 
 
 def test_angles_that_the_longest_sequence_of_a_pass_decides_are_found(refused, monkeypatch):
     monkeypatch.setattr(probe, "refuse_moving_angles", lambda *args: None)
-    model = long_phi()
+    model = tiny("Phi-3, longrope", original_max_position_embeddings=20)
     assert DIFFERS in refused(lambda: probed(model))
-
-
-@pytest.mark.parametrize("script", ["generate", "evaluate"])
-def test_lengths_beyond_such_a_limit_are_refused_by_the_first_stage(script, tmp_path, refused):
-    theta = save(long_phi(), tmp_path / "theta")
-    which = ["--iter", 0] if script == "generate" else ["--theta0"]
-    line = refused(lambda: stage(script, tmp_path / "run", *which, "--model", theta))
-    limit = "beyond 20 positions this model's rotary angles (longrope) change"
-    assert line == f"error: --max-length 64: {limit} for all sequences of a pass; lower it to 20"
-    assert not (tmp_path / "run").exists()
-    short = ["--max-length", 20, "--max-new-tokens", 4]  # as it advises
-    stage(script, tmp_path / "run", *which, "--model", theta, *short)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +188,11 @@ def test_lengths_beyond_such_a_limit_are_refused_by_the_first_stage(script, tmp_
 def test_only_angles_that_move_have_a_limit(settings, length, fine, refused):
     config = tiny("Llama", rope_parameters=settings).config
     if fine:
-        return models.refuse_moving_angles(config, length)
-    assert "lower it to" in refused(lambda: models.refuse_moving_angles(config, length))
+        return probe.refuse_moving_angles(config, length)
+    assert "lower it to" in refused(lambda: probe.refuse_moving_angles(config, length))
     kinds = {"full_attention": settings, "sliding_attention": {"rope_type": "default"}}
     config.rope_parameters = kinds  # one for each kind of layer
-    assert "lower it to" in refused(lambda: models.refuse_moving_angles(config, length))
+    assert "lower it to" in refused(lambda: probe.refuse_moving_angles(config, length))
 
 
 # ---- in the stages -------------------------------------------------------------------------------
@@ -249,29 +217,15 @@ def test_a_sharded_model_goes_the_same_way_as_a_whole_one():
     """Every score and gradient of train.py takes the way that generate.py has probed."""
     recipe = parse([*MICRO, "--dtype", "bf16"])[0]
     with process_group() as world:
-        model, folder = models.load_empty(str(THETA0), recipe, world)
+        model = weights.load_empty(str(THETA0), recipe)
         train.shard(model, recipe, world)
-        models.read_weights(model, folder, recipe, world)
-        assert packing.way_to_pack(model, "auto") == "packed"
+        weights.read_weights(model, str(THETA0), recipe, world)
+        assert packing.can_pack(model)
         probe.probe(model, recipe, world)
         assert not isinstance(model.model.embed_tokens.weight, torch.nn.Buffer)
         # sharded again: an optimizer's step would otherwise not reach the next pass
         assert {type(w).__name__ for w in model.parameters()} == {"DTensor"}
-    assert packing.way_to_pack(load(THETA0), "auto") == "packed"
-
-
-@pytest.mark.parametrize("name, times", [("Llama", 6), ("Gemma 2", 4)])
-def test_it_costs_a_few_times_the_longest_sequence_and_no_random_number(name, times):
-    """More where a branch has to be tried too."""
-    model = tiny(name)
-    passed = []
-    hook = lambda module, inputs, output: passed.append(inputs[0].numel())  # noqa: E731 – one line
-    model.get_input_embeddings().register_forward_hook(hook)
-    before = torch.get_rng_state()
-    probed(model)
-    assert torch.equal(torch.get_rng_state(), before)
-    passed.remove(4)  # the trial of way_to_pack
-    assert (times - 1) * 64 < sum(passed) <= times * 64
+    assert packing.can_pack(load(THETA0))
 
 
 def test_random_sequences_hold_no_special_token_and_differ_in_every_place():
@@ -280,29 +234,3 @@ def test_random_sequences_hold_no_special_token_and_differ_in_every_place():
     assert [len(x) for x in (a, long, b, other)] == [8, 64, 8, 64]
     assert not {1, 2, 7} & {*a, *long, *b, *other} and max(a + long + b + other) < 88
     assert all(x != y for x, y in zip(long, other, strict=True))
-    again = probe.random_sequences(GPT2Config(vocab_size=88, bos_token_id=1, eos_token_id=2), 64)
-    assert len(again[1]) == 64
-
-
-# ---- models that no run can finish with ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("script", ["generate", "evaluate"])
-def test_a_model_that_cannot_be_sharded_is_refused_by_the_first_stage_by_name(
-    script, tmp_path, refused
-):
-    config = OpenAIGPTConfig(vocab_size=88, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    theta = save(OpenAIGPTLMHeadModel(config), tmp_path / "theta")
-    which = ["--iter", 0] if script == "generate" else ["--theta0"]
-    line = refused(lambda: stage(script, tmp_path / "run", *which, "--model", theta))
-    assert line.startswith("error: OpenAIGPTLMHeadModel does not name its blocks")
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_attention_that_a_family_lacks_is_refused(tmp_path, refused):
-    theta = save(tiny("Gemma 2"), tmp_path / "theta")
-    flags = ["--iter", 0, "--model", theta, "--num-prompts", 6]
-    line = refused(lambda: stage("generate", tmp_path / "run", *flags, "--attention", "sdpa"))
-    mend = "cannot use --attention sdpa: use --attention auto"
-    assert line == f"error: Gemma2ForCausalLM {mend}"
-    stage("generate", tmp_path / "run", *flags)  # auto takes what the family has

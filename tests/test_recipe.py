@@ -1,4 +1,4 @@
-"""spin/recipe.py and flags.py: the paper's numbers, one default a knob, and what is refused before
+"""spin/recipe.py: the paper's numbers, one default per knob, and what is refused before
 anything is loaded or written."""
 
 import dataclasses
@@ -7,9 +7,8 @@ import shutil
 import pytest
 from conftest import THETA0, shell, stage
 
-from spin.files import locate
-from spin.flags import parse
-from spin.recipe import RECIPES, Recipe
+from spin.files import write_jsonl
+from spin.recipe import RECIPES, Recipe, parse
 
 
 def test_the_default_recipe_is_the_papers():
@@ -43,63 +42,38 @@ def test_a_model_of_ones_own_does_not_take_the_papers_revision():
     assert parse(["--model", "someone/else"])[0].revision == ""
 
 
-@pytest.fixture()
-def data(tmp_path):
-    """data(text) -> the --data flag for a JSONL file of that text."""
-
-    def write(text):
-        (tmp_path / "set.jsonl").write_text(text)
-        return ["--data", str(tmp_path / "set.jsonl")]
-
-    return write
-
-
 @pytest.mark.parametrize("stage_name", ["generate", "train", "evaluate"])
 def test_an_iteration_whose_predecessor_is_missing_is_refused(stage_name, played, refused):
     line = refused(lambda: stage(stage_name, played, "--iter", "4"))
     assert "theta_" in line and "train.py --iter" in line
 
 
-def test_a_run_of_another_recipe_is_refused_with_the_differing_knobs_named(played, refused):
+def test_the_machines_knobs_may_change_within_a_run_and_others_may_not(played, refused):
     before = (played / "recipe.json").read_bytes()
     line = refused(lambda: stage("generate", played, "--iter", "2", "--lam", "3", "--seed", "7"))
-    assert "lam: [5.0, 4.0] there, [3.0] asked" in line and "seed: 0 there, 7 asked" in line
-    named = line.split("(")[1].split(")")[0]
-    assert "lr" not in named
-    assert (played / "recipe.json").read_bytes() == before
-    # the machine's knobs may change
+    assert "seed: 0 there, 7 asked; lam: [5.0, 4.0] there, [3.0] asked)" in line
     stage("generate", played, "--iter", "0", "--micro-tokens", "99", "--dtype", "bf16")
+    assert (played / "recipe.json").read_bytes() == before
 
 
-def test_an_sft_set_that_changed_since_the_run_began_is_refused(played, tmp_path, refused, data):
+def test_an_sft_set_that_changed_since_the_run_began_is_refused(tmp_path, refused):
     def rows(response):
-        return "".join(f'{{"prompt": "p {i}", "response": "{response}"}}\n' for i in range(50))
+        return ({"prompt": f"p {i}", "response": response} for i in range(50))
 
-    run = tmp_path / "run"
-    flags = data(rows("r"))
-    stage("generate", run, "--iter", "0", *flags)
+    run, data = tmp_path / "run", tmp_path / "set.jsonl"
+    write_jsonl(data, rows("r"))
+    stage("generate", run, "--iter", "0", "--data", data)
     shutil.copytree(THETA0, run / "iter0" / "model")
-    stage("generate", run, "--iter", "1", *flags)
-    shutil.rmtree(run / "iter1")
-    data(rows("other"))
-    assert "has changed since" in refused(lambda: stage("generate", run, "--iter", "1", *flags))
+    write_jsonl(data, rows("other"))
+    line = refused(lambda: stage("generate", run, "--iter", "1", "--data", data))
+    assert "has changed since" in line
 
 
-def test_a_run_that_is_a_file_and_an_out_that_has_no_directory_are_refused(tmp_path, refused):
-    (tmp_path / "run").write_text("")
-    assert "is a file" in refused(lambda: stage("generate", tmp_path / "run", "--iter", "0"))
+def test_an_out_that_has_no_directory_is_refused(tmp_path, refused):
     flags = ["--model", THETA0, "--out", tmp_path / "no" / "x.json"]
     assert "no directory" in refused(lambda: stage("evaluate", tmp_path / "r", *flags))
-
-
-@pytest.mark.parametrize("flags", [["--recipe", "demo"], ["--objective", "sft"], ["--iter", "1"]])
-def test_the_loop_refuses_flags_that_it_decides_itself(flags):
-    done = shell("bash", "run_iterations.sh", *flags)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and flags[0] in done.stderr
 
 
 def test_the_shell_gives_exit_code_2_and_one_line():
     done = shell("bash", "run_iterations.sh", "demo", "--lr", "0")
     assert done.returncode == 2 and done.stderr.strip() == "error: --lr must be positive, got 0.0"
-    assert locate("demo/theta0").endswith("demo/theta0")

@@ -1,17 +1,21 @@
-"""spin/data.py, sources.py, selection.py: the sets that people have, and what is left out."""
+"""spin/data/rows.py, selection.py: the sets that people have, and what is left out."""
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import THETA0, stage
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from spin.codec import make_codec
-from spin.data import Unusable, to_pair
+from spin.data.rows import Unusable, read_rows, to_pair
+from spin.data.selection import select
+from spin.data.text import make_codec
 from spin.files import read_jsonl, write_jsonl
 from spin.recipe import Recipe
-from spin.selection import select
-from spin.sources import read_rows
+
+SHORT = Recipe(max_length=64, max_new_tokens=24)
 
 
 def said(role: str, content) -> dict:
@@ -27,189 +31,119 @@ def parts(*texts: str) -> list[dict]:
 
 
 USER, BOT, OTHER = said("user", "Hi?"), said("assistant", "Hello."), said("assistant", "Yo")
-SYSTEM = said("system", "Be kind.")
+SYSTEM, MORE = said("system", "Be kind."), said("user", "and 7?")
+RUDE, ROUND = said("system", "Be rude."), [USER, BOT]
+HUMAN, GPT = from_value("human", "Hi?"), from_value("gpt", "Hello.")
+PICTURE = {"type": "image_url", "text": "a"}
+PAIRS, PREFERENCES = "prompt real generated", "prompt chosen rejected"
+PLAIN = {"prompt": "Hi?", "response": "Hello."}
 PAIR = {"prompt": "Hi?", "real": "Hello."}
 KIND = PAIR | {"system": "Be kind."}
 EMPTY = PAIR | {"system": ""}
 TWO = PAIR | {"generated": "Yo"}
-DOCUMENT = "Ann is 7.\n\nHow old is Ann?"
+SUM = {"prompt": "Sum\n\n1 2", "real": "3"}
 
 
-# name: a row, and the pair in it
-READ = {
-    "ShareGPT": (
-        {"conversations": [from_value("human", "Hi?"), from_value("gpt", "Hello.")]},
-        PAIR,
-    ),
-    "ShareGPT with a system turn": (
-        {
-            "conversations": [
-                from_value("system", "Be kind."),
-                from_value("human", "Hi?"),
-                from_value("gpt", "Hello."),
-            ]
-        },
-        KIND,
-    ),
-    "ShareGPT with a column system": (
-        {"system": "Be kind.", "conversations": [from_value("human", "Hi?"), BOT]},
-        KIND,
-    ),
-    "OpenAI's roles under conversations": ({"conversations": [USER, BOT]}, PAIR),
-    "query/response": ({"query": "Hi?", "response": "Hello."}, PAIR),
-    "input/output": ({"input": "Hi?", "output": "Hello."}, PAIR),
-    "Dolly without context": ({"instruction": "Hi?", "context": "", "response": "Hello."}, PAIR),
-    "Dolly": (
-        {"instruction": "Ann is 7.", "context": "How old is Ann?", "response": "7"},
-        {"prompt": DOCUMENT, "real": "7"},
-    ),
-    "Alpaca": (
-        {"instruction": "Ann is 7.", "input": "How old is Ann?", "output": "7", "history": []},
-        {"prompt": DOCUMENT, "real": "7"},
-    ),
-    "Alpaca whose input is null": ({"instruction": "Hi?", "input": None, "output": "Hello."}, PAIR),
-    "content in parts": (
-        {"messages": [said("user", parts("H", "i?")), said("assistant", parts("Hello."))]},
-        PAIR,
-    ),
-    "TRL's conversational prompt and completion": ({"prompt": [USER], "completion": [BOT]}, PAIR),
-    "the same with a system turn": ({"prompt": [SYSTEM, USER], "completion": [BOT]}, KIND),
-    "preferences with a prompt of messages": (
-        {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]},
-        TWO,
-    ),
-    "preferences without a prompt": ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, TWO),
-    "preferences with a system turn inside": (
-        {"prompt": "Hi?", "chosen": [SYSTEM, USER, BOT], "rejected": [SYSTEM, USER, OTHER]},
-        TWO | KIND,
-    ),
-    "Orca": ({"system_prompt": "Be kind.", "question": "Hi?", "response": "Hello."}, KIND),
-    "Orca's pairs": (
-        {"system": "Be kind.", "question": "Hi?", "chosen": "Hello.", "rejected": "Yo"},
-        TWO | KIND,
-    ),
-    "a system column beside prompt and response": (
-        {"system": "Be kind.", "prompt": "Hi?", "response": "Hello."},
-        KIND,
-    ),
-    "an empty system column": ({"system": "", "prompt": "Hi?", "response": "Hello."}, EMPTY),
-    "an empty system turn": ({"messages": [said("system", ""), USER, BOT]}, EMPTY),
-    "a null system column": ({"system": None, "prompt": "Hi?", "response": "Hello."}, PAIR),
-    "an empty system column beside a system turn": (
-        {"system": "", "messages": [SYSTEM, USER, BOT]},
-        KIND,
-    ),
-    "a system turn in the prompt and no other": (
-        {"prompt": [SYSTEM, USER], "chosen": [USER, BOT], "rejected": [USER, OTHER]},
-        TWO | KIND,
-    ),
-    "a system turn in the prompt and in the answers": (
-        {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, BOT], "rejected": [SYSTEM, OTHER]},
-        TWO | KIND,
-    ),
-    "an instruction that is empty": ({"instruction": [], "input": "Hi?", "output": "Hello."}, PAIR),
-    "conversations as real and generated beside a prompt": (
-        {"prompt": "Hi?", "real": [USER, BOT], "generated": [USER, OTHER]},
-        TWO,
-    ),
-    "merged schemas of messages": (
-        {"messages": [{**from_value("human", "Hi?"), "role": None, "content": None}, BOT]},
-        PAIR,
-    ),
-    "roles in capitals": ({"messages": [said("User", "Hi?"), said("Assistant", "Hello.")]}, PAIR),
-    "tools that are none": ({"tools": "[]", "messages": [USER, BOT]}, PAIR),
-    "several shapes, one not null": (
-        {"prompt": None, "response": None, "messages": [USER, BOT], "input": None, "output": None},
-        PAIR,
-    ),
-}
+def row(columns: str, *values) -> dict:
+    """row("prompt response", "Hi?", "Hello.")"""
+    return dict(zip(columns.split(), values, strict=True))
 
 
-@pytest.mark.parametrize("name", READ)
-def test_a_row_of_a_known_shape_is_the_pair_that_stands_in_it(name):
-    row, wanted = READ[name]
-    assert to_pair(row, "set")[0] == wanted
+# (the pair, a row that holds it)
+READ = [
+    (PAIR, PLAIN),
+    (PAIR, row("prompt completion", "Hi?", "Hello.")),
+    (PAIR, row("question answer", "Hi?", "Hello.")),
+    (PAIR, row("query response", "Hi?", "Hello.")),
+    (PAIR, row("input output", "Hi?", "Hello.")),
+    (PAIR, row("instruction context response", "Hi?", "", "Hello.")),
+    (PAIR, row("instruction input output", "Hi?", "", "Hello.")),
+    (PAIR, row("instruction input output", "Hi?", None, "Hello.")),
+    (PAIR, row("instruction input output", [], "Hi?", "Hello.")),
+    (PAIR, row("prompt prompt_id messages", "Hi?", "7", ROUND)),  # UltraChat
+    (PAIR, {"conversations": [HUMAN, GPT]}),  # ShareGPT
+    (PAIR, {"conversations": ROUND}),
+    (PAIR, row("prompt completion", [USER], [BOT])),
+    (PAIR, {"messages": [said("user", parts("H", "i?")), BOT]}),
+    (PAIR, {"messages": [{**HUMAN, "role": None, "content": None}, BOT]}),  # merged schemas
+    (PAIR, {"messages": [said("User", "Hi?"), BOT | {"role": "Assistant"}]}),
+    (PAIR, row("tools messages", "[]", ROUND)),
+    (PAIR, {"system": None} | PLAIN),
+    (PAIR, row("prompt output messages", None, None, ROUND)),
+    (PAIR | {"later_rounds": True}, {"messages": [USER, BOT, MORE, BOT]}),
+    (KIND, {"system": "Be kind."} | PLAIN),
+    (KIND, row("system_prompt question response", "Be kind.", "Hi?", "Hello.")),  # Orca
+    (KIND, {"conversations": [SYSTEM, HUMAN, GPT]}),
+    (KIND, row("system conversations", "Be kind.", [HUMAN, BOT])),
+    (KIND, row("prompt completion", [SYSTEM, USER], [BOT])),
+    (KIND, row("system messages", "", [SYSTEM, *ROUND])),
+    (EMPTY, {"system": ""} | PLAIN),
+    (EMPTY, {"messages": [said("system", ""), *ROUND]}),
+    (SUM, row("instruction context response", "Sum", "1 2", "3")),  # Dolly
+    (SUM, row("instruction input output history", "Sum", "1 2", "3", [])),  # Alpaca
+    (TWO, row("prompt real generated", "Hi?", "Hello.", "Yo")),
+    (TWO, row("real generated", ROUND, [USER, OTHER])),  # the authors' sets
+    (TWO, row(PAIRS, "Hi?", ROUND, [USER, OTHER])),
+    (TWO, row(PREFERENCES, "Hi?", "Hello.", "Yo")),
+    (TWO, row(PREFERENCES, [USER], [BOT], [OTHER])),
+    (TWO, row("chosen rejected", ROUND, [USER, OTHER])),
+    (TWO, row(PREFERENCES, "Hi?", ROUND, [USER, OTHER]) | {"messages": []}),  # UltraFeedback
+    (TWO | KIND, row(f"system {PREFERENCES}", "Be kind.", "Hi?", "Hello.", "Yo")),
+    (TWO | KIND, row(PREFERENCES, "Hi?", [SYSTEM, *ROUND], [SYSTEM, USER, OTHER])),
+    (TWO | KIND, row(PREFERENCES, [SYSTEM, USER], ROUND, [USER, OTHER])),
+    (TWO | KIND, row(PREFERENCES, [SYSTEM, USER], [SYSTEM, BOT], [SYSTEM, OTHER])),
+]
 
 
-# name: a row, and a word of the reason why it cannot be used
-LEFT_OUT = {
-    "a prompt that holds more than its conversation": (
-        {"prompt": [SYSTEM, USER, BOT, USER], "completion": [USER, BOT]},
-        "several rounds",
-    ),
-    "a conversation written as text": (
-        {"prompt": "Hi?", "chosen": '[{"role": "user"}]', "rejected": "[{'role': 'user'}]"},
-        "written as text",
-    ),
-    "thoughts beside the answer": ({"messages": [USER, {**BOT, "thinking": "Hm."}]}, "reasoning"),
-    "a picture beside the question": (
-        {"messages": [{**USER, "images": ["a.png"]}, BOT]},
-        "pictures",
-    ),
-    "a picture with text": (
-        {"messages": [USER, said("assistant", [{"type": "image_url", "text": "a"}])]},
-        "without text",
-    ),
-    "an answer in two turns": ({"messages": [USER, BOT, OTHER]}, "several turns"),
-    "a role that is a list": ({"messages": [said(["user"], "Hi?"), BOT]}, "a turn by"),
-    "an input that is the number 0": (
-        {"instruction": "Square it.", "input": 0, "output": "0"},
-        "prompt is no text",
-    ),
-    "two system columns": (
-        {"system": "Be kind.", "system_prompt": "Be rude.", "prompt": "Hi?", "response": "Yo"},
-        "two system",
-    ),
-    "a tool call": (
-        {"messages": [USER, {**BOT, "content": None, "tool_calls": [{"name": "f"}]}]},
-        "tool calls",
-    ),
-    "a turn without text": ({"messages": [USER, said("assistant", None)]}, "without text"),
-    "a picture": ({"messages": [USER, said("assistant", [{"type": "image"}])]}, "without text"),
-    "the assistant first": ({"messages": [BOT, USER, BOT]}, "no prompt first"),
-    "no assistant": ({"messages": [USER]}, "without an answer"),
-    "two users": ({"messages": [USER, USER, BOT]}, "several rounds"),
-    "an empty list": ({"messages": []}, "nothing in messages"),
-    "a null answer": ({"prompt": "Hi?", "response": None}, "nothing in response"),
-    "an answer that is a number": ({"prompt": "Hi?", "response": 7}, "real is no text"),
-    "an unknown role": ({"messages": [USER, said("tool", "7"), BOT]}, "a turn by 'tool'"),
-    "a message that is text": ({"messages": ["Hi?", "Hello."]}, "no list of messages"),
-    "a lone surrogate": ({"prompt": "Hi?", "response": "\ud800"}, "no valid Unicode"),
-    "no object": ([1], "no object"),
-    "other fields": ({"text": "Hi?"}, "unknown shape"),
-    "several rounds before preferences": (
-        {
-            "prompt": "and 7?",
-            "chosen": [said("user", "Add"), BOT, said("user", "and 7?"), said("assistant", "9")],
-            "rejected": [said("user", "Add"), BOT, said("user", "and 7?"), said("assistant", "8")],
-        },
-        "several rounds",
-    ),
-    "several rounds in the prompt": (
-        {"prompt": [USER, BOT, said("user", "and 7?")], "completion": [BOT]},
-        "several rounds",
-    ),
-    "preferences about another prompt": (
-        {"prompt": "Spell tin", "chosen": [USER, BOT], "rejected": [USER, OTHER]},
-        "not that of the conversation",
-    ),
-    "preferences of two prompts": (
-        {"chosen": [USER, BOT], "rejected": [said("user", "Spell tin"), OTHER]},
-        "the same prompt",
-    ),
-    "preferences under two system messages": (
-        {"chosen": [SYSTEM, USER, BOT], "rejected": [said("system", "Be rude."), USER, OTHER]},
-        "the same prompt",
-    ),
-    "equal answers": ({"prompt": "Hi?", "chosen": "Hello.", "rejected": "Hello."}, "equal"),
-    "equal conversations": ({"real": [USER, BOT], "generated": [USER, BOT]}, "equal"),
-    "two system messages": ({"system": "Be rude.", "messages": [SYSTEM, USER, BOT]}, "two system"),
-}
+@pytest.mark.parametrize("pair, row", READ)
+def test_a_row_of_a_known_shape_is_the_pair_that_stands_in_it(pair, row):
+    assert to_pair(row, "set")[0] == pair
 
 
-@pytest.mark.parametrize("name", LEFT_OUT)
-def test_a_row_that_is_no_pair_is_left_out_by_its_reason(name):
-    row, reason = LEFT_OUT[name]
+# (a part of the reason why a row cannot be used, such a row)
+LEFT_OUT = [
+    ("written as text", row(PREFERENCES, "Hi?", '[{"role": "user"}]', "[{'from': 'a'}]")),
+    ("reasoning", {"messages": [USER, {**BOT, "thinking": "Hm."}]}),
+    ("pictures", {"messages": [{**USER, "images": ["a.png"]}, BOT]}),
+    ("tool calls", {"messages": [USER, {**BOT, "tool_calls": [{"name": "f"}]}]}),
+    ("without text", {"messages": [USER, said("assistant", [{"type": "image"}])]}),
+    ("without text", {"messages": [USER, said("assistant", [PICTURE])]}),
+    ("without text", {"messages": [USER, said("assistant", ["Yo"])]}),
+    ("without text", {"messages": [USER, said("assistant", parts(None))]}),
+    ("without text", {"messages": [USER, said("assistant", [])]}),
+    ("without text", {"messages": [USER, said("assistant", None)]}),
+    ("an answer in several turns", {"messages": [USER, BOT, OTHER]}),
+    ("a turn by", {"messages": [said(["user"], "Hi?"), BOT]}),
+    ("a turn by 'tool'", {"messages": [USER, said("tool", "7"), BOT]}),
+    ("no list of messages", {"messages": ["Hi?", "Hello."]}),
+    ("without an answer", {"messages": [USER]}),
+    ("no prompt first", {"messages": [BOT, USER, BOT]}),
+    ("no prompt first", {"messages": [USER, SYSTEM, BOT]}),
+    ("several turns", {"messages": [USER, USER, BOT]}),
+    ("several turns", row(PREFERENCES, "and 7?", [*ROUND, MORE, BOT], [*ROUND, MORE, OTHER])),
+    ("several turns", row("prompt completion", [*ROUND, MORE], [BOT])),
+    ("several turns", row("prompt completion", [*ROUND, USER], ROUND)),
+    ("not that of the conv", row(PREFERENCES, "Spell tin", ROUND, [USER, OTHER])),
+    ("not that of the conv", row(PREFERENCES, "Hi?", [SYSTEM, BOT], [SYSTEM, OTHER])),
+    ("the same prompt", row("chosen rejected", ROUND, [MORE, OTHER])),
+    ("the same prompt", row("chosen rejected", [SYSTEM, *ROUND], [RUDE, *ROUND])),
+    ("equal answers", row(PREFERENCES, "Hi?", "Hello.", "Hello.")),
+    ("equal answers", row("real generated", ROUND, ROUND)),
+    ("two system messages", {"system": "Be kind.", "system_prompt": "Be rude."} | PLAIN),
+    ("two system messages", row("system messages", "Be rude.", [SYSTEM, *ROUND])),
+    ("prompt is no text", row("instruction input output", "Square it.", 0, "0")),
+    ("real is no text", row("prompt response", "Hi?", 7)),
+    ("prompt too long", row("prompt response", "x" * 1_000_001, "Hello.")),
+    ("no valid Unicode", row("prompt response", "Hi?", "\ud800")),
+    ("prompt, empty response", row("prompt response", "Hi?", None)),
+    ("empty messages", {"messages": []}),
+    ("no object", [1]),
+    ("unknown shape", {"text": "Hi?"}),
+]
+
+
+@pytest.mark.parametrize("reason, row", LEFT_OUT)
+def test_a_row_that_is_no_pair_is_left_out_by_its_reason(reason, row):
     with pytest.raises(Unusable, match=reason):
         to_pair(row, "set")
 
@@ -225,11 +159,10 @@ def test_a_row_that_is_no_pair_is_left_out_by_its_reason(name):
     ],
 )
 def test_a_column_of_the_prompt_that_would_be_lost_refuses_the_set(column, content, refused):
-    row = {"prompt": "Hi?", "response": "Hello."}
-    line = refused(lambda: to_pair({**row, column: content}, "set.jsonl"))
+    line = refused(lambda: to_pair({**PLAIN, column: content}, "set.jsonl"))
     assert f"set.jsonl has the shape prompt/response, and {column} would be lost" in line
     empty = type(content)()
-    assert to_pair({**row, column: empty}, "set.jsonl")[0] == PAIR  # control: nothing in it
+    assert to_pair({**PLAIN, column: empty}, "set.jsonl")[0] == PAIR  # control: nothing in it
 
 
 def test_columns_that_are_not_used_are_named():
@@ -241,27 +174,36 @@ def test_columns_that_are_not_used_are_named():
 
 STRINGS = ["007", "NA", "null", "2024-01-01", "None", "", "1e5", "nan", "true", " x "]
 ROWS = [{"prompt": f"p {i}", "response": text} for i, text in enumerate(STRINGS)]
+TALK = [{"messages": [USER, BOT]}]
 
 
-def jsonl_text() -> str:
-    return "".join(json.dumps(row) + "\n" for row in ROWS)
+def jsonl_text(rows=ROWS) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def csv_text(separator: str) -> str:
-    lines = ["prompt" + separator + "response"]
-    return "\n".join([*lines, *(f"{r['prompt']}{separator}{r['response']}" for r in ROWS)]) + "\n"
+def csv_text(rows=ROWS) -> str:
+    lines = [("prompt", "response"), *(row.values() for row in rows)]
+    return "".join(",".join(line) + "\n" for line in lines)
+
+
+def lay(folder, files: dict) -> str:
+    """A folder with these files, {name: text, or rows as JSON lines or parquet}; its path."""
+    import datasets
+
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list(content).to_parquet(path)
+        else:
+            path.write_text(content if isinstance(content, str) else jsonl_text(content))
+    return str(folder)
 
 
 def dataset():
     import datasets
 
     return datasets.Dataset.from_list(ROWS)
-
-
-def write_shards(folder):
-    folder.mkdir()
-    dataset().select(range(4)).to_parquet(folder / "data-00000-of-00002.parquet")
-    dataset().select(range(4, 10)).to_parquet(folder / "data-00001-of-00002.parquet")
 
 
 def write_splits(folder):
@@ -271,83 +213,131 @@ def write_splits(folder):
 
 
 FILES = {
-    "set.jsonl": lambda path: path.write_text(jsonl_text()),
-    "SET.JSONL": lambda path: path.write_text(jsonl_text()),
-    "set.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl_text().encode())),
-    "list.json": lambda path: path.write_text(json.dumps(ROWS)),
-    "lines.json": lambda path: path.write_text(jsonl_text()),
+    "set.jsonl": jsonl_text(),
+    "SET.JSONL": jsonl_text(),
+    "set.jsonl.gz": gzip.compress(jsonl_text().encode()),
+    "list.json": json.dumps(ROWS),
+    "lines.json": jsonl_text(),
     "to_json.json": lambda path: dataset().to_json(path),
-    "data.json": lambda path: path.write_text(json.dumps({"version": 1, "data": ROWS})),
-    "train.json": lambda path: path.write_text(json.dumps({"train": ROWS})),
-    "list.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
-    "set.csv": lambda path: path.write_text(csv_text(",")),
-    "set.Csv": lambda path: path.write_text(csv_text(",")),
-    "set.csv.gz": lambda path: path.write_bytes(gzip.compress(csv_text(",").encode())),
-    "set.tsv": lambda path: path.write_text(csv_text("\t")),
+    "list.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "set.csv": "\ufeff" + csv_text(),
+    "set.Csv": csv_text(),
+    "set.csv.gz": gzip.compress(csv_text().encode()),
     "set.parquet": lambda path: dataset().to_parquet(path),
-    "shards": write_shards,
     "saved": lambda path: dataset().save_to_disk(path),
     "splits": write_splits,
+}
+FOLDERS = {
+    "of JSON lines": {"a.jsonl": ROWS[:4], "b.jsonl": ROWS[4:]},
+    "of JSON": {"a.json": json.dumps(ROWS)},
+    "of CSV": {"a.csv": csv_text(rows=ROWS[:4]), "b.csv": csv_text(rows=ROWS[4:])},
+    "of parquet": {"x-00000-of-2.parquet": ROWS[:4], "x-00001-of-2.parquet": ROWS[4:]},
+    "of the hub, with what is about it": {
+        "data/latest-0.jsonl": ROWS,
+        "dataset_infos.json": "{}",
+        ".cache/x.jsonl": ROWS[:1],
+        "README.md": "A set.",
+    },
+    "with a test set": {"train.jsonl": ROWS, "test.jsonl": ROWS[:1]},
+    "of folders": {"train/0.jsonl": ROWS, "test/0.jsonl": ROWS[:1]},
+    "with a held-out set": {"train.jsonl": ROWS, "holdout.jsonl": ROWS[:1]},
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_cell_is_the_text_that_stands_in_the_file(name, tmp_path):
-    FILES[name](tmp_path / name)
-    assert list(read_rows(str(tmp_path / name), "train")) == ROWS
+    content, path = FILES[name], tmp_path / name
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert list(read_rows(str(path), "train")) == ROWS
 
 
-def test_several_files_are_read_in_their_order(tmp_path):
-    write_jsonl(tmp_path / "b.jsonl", ROWS[:3])
-    write_jsonl(tmp_path / "a.jsonl", ROWS[3:])
-    assert read_rows(f"{tmp_path / 'b.jsonl'},{tmp_path / 'a.jsonl'}") == ROWS
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_cell_is_the_text_that_stands_in_a_file_of_a_folder(name, tmp_path):
+    assert read_rows(lay(tmp_path, FOLDERS[name]), "train") == ROWS
 
 
-def test_a_folder_that_holds_a_test_set_too_gives_the_split_that_is_asked_for(tmp_path, refused):
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "test.jsonl", ROWS[:1])
-    assert read_rows(str(tmp_path), "train") == ROWS
-    line = refused(lambda: read_rows(str(tmp_path), "train_sft"))
-    assert "holds no file named as the split train_sft" in line
+LIKE_NUMBERS = {
+    "csv": ["prompt,response\np 0,yes\n", "prompt,response\np 1,1.50\np 2,007\n"],
+    "jsonl": [jsonl_text(ROWS[:1]), jsonl_text([{"prompt": "p", "response": "2024-01-01"}])],
+}
 
 
-@pytest.mark.parametrize(
-    "train, test",
-    [("train/0", "test/0"), ("Train", "Test"), ("train", "holdout"), ("train", "train_test")],
-)
-def test_a_test_set_beside_the_training_set_is_never_read_as_one(train, test, tmp_path):
-    for name, rows in ((train, ROWS), (test, ROWS[:1])):
-        path = tmp_path / f"{name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        write_jsonl(path, rows)
-    assert read_rows(str(tmp_path), "train") == ROWS
+@pytest.mark.parametrize("kind", LIKE_NUMBERS)
+def test_texts_like_numbers_or_dates_stay_as_they_are_though_the_library_would_change_them(
+    kind, tmp_path
+):
+    """It finds the types of each file, and writes numbers as texts if another file has texts."""
+    import datasets
+
+    first, second = LIKE_NUMBERS[kind]
+    folder = lay(tmp_path / "set", {f"a.{kind}": first, f"b.{kind}": second})
+    answers = [row["response"] for row in read_rows(folder)]
+    assert answers == (["yes", "1.50", "007"] if kind == "csv" else ["007", "2024-01-01"])
+    cache = str(tmp_path / "cache")
+    by_library = datasets.load_dataset(folder, split="train", cache_dir=cache)["response"]
+    changed = ["yes", "1.5", "7"] if kind == "csv" else ["007", "2024-01-01 00:00:00"]
+    assert list(by_library) == changed  # control
 
 
-def test_a_folder_of_a_hub_set_is_read_without_what_is_about_it(tmp_path):
-    (tmp_path / "data").mkdir()
-    write_jsonl(tmp_path / "data" / "latest-0.jsonl", ROWS)
-    (tmp_path / "dataset_infos.json").write_text("{}")
-    (tmp_path / ".cache").mkdir()
-    write_jsonl(tmp_path / ".cache" / "x.jsonl", ROWS)
-    assert read_rows(str(tmp_path), "train") == ROWS
+CONFIGS = """---
+configs:
+- {config_name: a, data_files: a/*.jsonl}
+- {config_name: b, data_files: b/*.jsonl}
+---
+"""
+TWO_CONFIGS = {"README.md": CONFIGS, "a/train.jsonl": ROWS, "b/train.jsonl": ROWS}
+# (a part of the line, the files of a folder)
+REFUSED_FOLDERS = [
+    ("has no split train: give --split or --eval-split, one of valid", {"valid.jsonl": ROWS}),
+    ("one of test", {"data.jsonl": ROWS, "test.jsonl": ROWS}),
+    ("its name says held-out", {"Train.jsonl": ROWS, "Test.jsonl": ROWS}),
+    ("train_test", {"train.jsonl": ROWS, "train_test.jsonl": ROWS}),
+    ("its name says held-out", {"data.jsonl": ROWS, "held_out.jsonl": ROWS}),
+    ("b.csv would be left", {"a.jsonl": ROWS, "b.csv": csv_text()}),
+    ("a.jsonl would be left", {"train.jsonl": ROWS, "a.jsonl": ROWS}),
+    ("B.JSONL would be left", {"a.jsonl": ROWS, "B.JSONL": ROWS}),
+    ("b.tsv would be left", {"a.jsonl": ROWS, "b.tsv": ""}),
+    ("no data at", {"a.tsv": "prompt\n"}),
+    ("no data at", {"a.txt": "Hi?"}),
+    ("cannot read", {"a.py": "x = 1"}),
+    ("Config name is missing", TWO_CONFIGS),
+    ("config.json would be left", {"config.json": "{}", "a.jsonl": ROWS}),
+]
 
 
-def test_one_conversation_as_json_is_a_row_and_not_its_messages(tmp_path):
-    (tmp_path / "one.json").write_text(json.dumps({"messages": [USER, BOT]}))
-    assert read_rows(str(tmp_path / "one.json")) == [{"messages": [USER, BOT]}]
+@pytest.mark.parametrize("word, files", REFUSED_FOLDERS)
+def test_a_folder_whose_files_could_be_taken_for_others_is_refused(word, files, tmp_path, refused):
+    folder = lay(tmp_path, files)
+    assert word in refused(lambda: read_rows(folder, "train"))
 
 
-def test_a_prompt_is_no_repeat_of_one_that_was_left_out(tokenizer):
-    rows = [{"prompt": "Spell tin", "response": text} for text in ("\ud800", "t-i-n", " ")]
-    codec = make_codec(tokenizer, "paper")
-    pairs, _ = select(rows, "set", codec, Recipe(max_length=64, max_new_tokens=24), 9)
-    assert [pair["real"] for pair in pairs] == ["t-i-n"]
+def test_shards_named_as_the_hub_names_them_are_read_by_their_split(tmp_path):
+    shards = {
+        "data/train_sft-00000-of-00002-a3ecc92.parquet": ROWS[:4],
+        "data/train_sft-00001-of-00002-a3ecc92.parquet": ROWS[4:],
+        "data/train_gen-00000-of-00001-0f3e21a.parquet": ROWS[:1],
+        "data/test_sft-00000-of-00001-f7dfac4.parquet": ROWS[:2],
+    }
+    folder = lay(tmp_path, shards)
+    assert read_rows(folder, "train_sft") == ROWS
+    assert read_rows(folder, "test_sft") == ROWS[:2]
 
 
-def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path, refused):
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_a_conversation_is_one_row_in_files_and_folders(kind, tmp_path):
+    content = json.dumps(TALK[0]) if kind == "json" else TALK
+    folder = lay(tmp_path, {f"one.{kind}": content})
+    for source in (folder, f"{folder}/one.{kind}"):
+        assert read_rows(source) == TALK
+
+
+def test_a_saved_split_that_is_not_there_is_named_with_those_that_are(tmp_path, refused):
     write_splits(tmp_path / "splits")
     line = refused(lambda: read_rows(str(tmp_path / "splits"), "valid"))
-    assert "has no split valid: give --split, one of train, test" in line
+    assert "has no split valid: give --split or --eval-split, one of train, test" in line
 
 
 def test_a_hub_set_is_loaded_with_its_configuration(monkeypatch):
@@ -364,77 +354,141 @@ def test_a_hub_set_is_loaded_with_its_configuration(monkeypatch):
     assert asked == [("someone/maths", "main", "train"), ("someone/maths", None, "train")]
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("empty.jsonl", ""),
-        ("empty.json", "[]"),
-        ("empty.csv", ""),
-        ("torn.csv", 'a,b\n"x,1\n'),
-        ("wide.csv", "prompt,response\nWhat is 1, 2?,three\nIs a, b?,yes\n"),
-        ("narrow.csv", "prompt,response\nHi?\n"),
-        ("no.jsonl.gz", "\x1f\x8b no gzip"),
-        ("some.jsonl,", ""),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_refused_in_one_line(name, content, tmp_path, refused):
-    (tmp_path / name).write_text(content)
-    assert name in refused(lambda: read_rows(str(tmp_path / name)))
+UNREADABLE = {
+    "empty.jsonl": "",
+    "empty.json": "[]",
+    "named.json": '{"train": [{"prompt": "p"}]}',
+    "data.json": json.dumps({"version": 1, "data": ROWS}),
+    "empty.csv": "",
+    "torn.csv": 'a,b\n"x,1\n',
+    "twice.csv": "prompt,prompt\na,b\n",
+    "wide.csv": "prompt,response\nWhat is 1, 2?,three\nIs a, b?,yes\n",
+    "narrow.csv": "prompt,response\nHi?\n",
+    "no.jsonl.gz": "\x1f\x8b no gzip",
+    "no.parquet": "PAR1",
+    "set.tsv": "prompt\tresponse\nHi?\tHello.\n",
+    "set.ndjson": jsonl_text(),
+}
 
 
-# ---- a whole set ----
-
-NAMES = ["a tool call", "a turn without text", "the assistant first", "no assistant", "two users"]
-NAMES += ["a null answer", "an answer that is a number", "an unknown role"]
-BAD_ROWS = [LEFT_OUT[name][0] for name in NAMES]
-BAD_ROWS += [{"prompt": "p", "response": " "}, {"text": "other fields"}]
-
-
-def mixed_set() -> list:
-    """1,000 rows: every tenth cannot be used, in ten ways."""
-    rows = [{"prompt": f"Spell {i}", "response": "-".join(str(i))} for i in range(1000)]
-    for k in range(100):
-        rows[10 * k + 3] = BAD_ROWS[k % 10]
-    return rows
+@pytest.mark.parametrize("name", [*UNREADABLE, "a.jsonl,b.jsonl"])
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(name, tmp_path, refused, tokenizer):
+    if name in UNREADABLE:
+        (tmp_path / name).write_text(UNREADABLE[name])
+    path = str(tmp_path / name)
+    assert name in refused(lambda: selected(read_rows(path), tokenizer, source=name))
 
 
-def test_of_1000_rows_100_that_cannot_be_used_are_left_out_and_counted(tokenizer):
-    codec = make_codec(tokenizer, "paper")
-    recipe = Recipe(max_length=64, max_new_tokens=24)
-    pairs, counts = select(mixed_set(), "set", codec, recipe, 5000)
-    assert len(pairs) == 900 and counts.pop("read") == 1000
-    assert sum(counts.values()) == 100 and all(number == 10 for number in counts.values())
-    assert len(counts) == 10
+# ---- selection ----
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(1000, marks=pytest.mark.long)])
-def test_a_set_with_unusable_rows_trains_on_the_others_and_says_why(number, tmp_path, capsys):
-    from spin import report
+def rows_of(n):
+    return [{"prompt": f"p {i}", "response": f"r {i}"} for i in range(n)]
 
-    write_jsonl(tmp_path / "set.jsonl", mixed_set()[:number])
+
+def selected(rows, tokenizer, number=5000, recipe=SHORT, source="set"):
+    return select(rows, source, make_codec(tokenizer, recipe.template), recipe, number)
+
+
+def test_a_smaller_number_of_prompts_is_a_subset_of_a_larger_under_one_seed(tokenizer):
+    def ids_of(number, recipe=SHORT):
+        pairs, _ = selected(rows_of(100), tokenizer, number, recipe)
+        return {pair["id"] for pair in pairs}
+
+    assert ids_of(14) < ids_of(26) < ids_of(50) and len(ids_of(50)) == 50
+    assert ids_of(14) != ids_of(14, replace(SHORT, seed=1))  # control: another seed
+
+
+def test_what_is_left_out_is_counted_by_rule(tokenizer):
+    rows = rows_of(3) + [
+        {"prompt": "p 0", "response": "again"},
+        {"prompt": "q", "response": " "},
+        {"prompt": "q", "response": "no repeat of one that was left out"},
+        {"prompt": "q", "response": "\ud800"},
+        {"prompt": "", "response": "r"},
+        {"prompt": "w" * 60, "response": "r"},
+        {"prompt": "z", "response": "y" * 60},
+    ]
+    pairs, counts = selected(rows, tokenizer)
+    assert {p["prompt"] for p in pairs} == {"p 0", "p 1", "p 2", "q", "z"}
+    assert counts == {
+        "read": 10,
+        "real is no valid Unicode": 1,
+        "duplicate prompt": 1,
+        "empty prompt or response": 2,
+        "prompt too long": 1,
+        "response cut at max_length": 1,
+    }
+
+
+def test_with_a_template_of_special_tokens_text_that_spells_one_is_left_out_and_counted(tokenizer):
+    rows = rows_of(2) + [{"prompt": "what is </s>?", "response": "r"}]
+    _, counts = selected(rows, tokenizer, recipe=replace(SHORT, template="{prompt}</s>A:"))
+    assert counts["text of a special token"] == 1
+    _, counts = selected(rows, tokenizer)
+    assert counts["text of a special token"] == 0  # the paper's template is plain text
+
+
+def test_a_prompt_of_no_tokens_is_left_out_since_nothing_would_predict_the_answers_first_token():
+    core = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))  # drops what it does not know
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    rows = [{"prompt": "zz", "response": "a"}, {"prompt": "ab", "response": "b"}]
+    pairs, counts = selected(rows, tok, recipe=replace(SHORT, template="{prompt}"))
+    assert [p["prompt_ids"] for p in pairs] == [[0, 1]]
+    assert counts["prompt of no tokens"] == 1
+
+
+def test_a_set_of_which_nothing_is_usable_is_refused_with_the_counts_or_its_fields(
+    tokenizer, refused
+):
+    rows = [{"prompt": "", "response": "x"}] * 2
+    assert "empty prompt or response: 2" in refused(lambda: selected(rows, tokenizer))
+    line = refused(lambda: selected([{"text": "a", "label": 1}], tokenizer))
+    assert "text, label" in line and "instruction/output" in line and "set holds no" in line
+
+
+def test_an_sft_set_that_has_answers_of_an_opponent_too_is_not_judged_by_them(tokenizer):
+    """Empty, or a special token spelt out: only train.py --pairs uses them."""
+    bare = [{"prompt": f"Spell {w}", "response": w} for w in ("tin", "kola", "bel", "amu")]
+    poor = []
+    for row, answer in zip(bare, ("", "</s>", " ", "x"), strict=True):
+        poor.append({"prompt": row["prompt"], "real": row["response"], "generated": answer})
+    ids = [[pair["id"] for pair in selected(rows, tokenizer)[0]] for rows in (bare, poor)]
+    assert ids[0] == ids[1] and len(ids[0]) == 4
+    poor[3]["real"] = ""  # control
+    assert len(selected(poor, tokenizer)[0]) == 3
+
+
+def test_every_row_that_cannot_be_used_is_counted_by_its_reason_among_others(tokenizer):
+    rows = rows_of(100) + [row for _, row in LEFT_OUT]
+    pairs, counts = selected(rows, tokenizer)
+    assert len(pairs) == 100 and counts.pop("read") == len(rows)
+    reasons = {name: number for name, number in counts.items() if "column" not in name}
+    assert sum(reasons.values()) == len(LEFT_OUT)
+    assert all(any(reason in name for name in reasons) for reason, _ in LEFT_OUT)
+
+
+def test_a_set_with_unusable_rows_trains_on_the_others_and_says_why(tmp_path, capsys):
+    from spin.report import page
+
+    reasons = ["tool calls", "without text", "no prompt first"]
+    bad = [row for reason, row in LEFT_OUT if reason in reasons]
+    write_jsonl(tmp_path / "set.jsonl", rows_of(36) + bad)
     flags = ["--iter", 0, "--data", tmp_path / "set.jsonl", "--model", THETA0]
     flags += ["--num-prompts", 5000, "--batch-size", 60, "--micro-tokens", 4096]
     run = tmp_path / "run"
     stage("evaluate", run, "--theta0", *flags[2:])
     stage("generate", run, *flags)
-    tenth = 1 if number == 40 else 10
-    said = f"a turn with tool calls, reasoning or pictures beside its text: {tenth}"
-    assert said in capsys.readouterr().out
+    assert "reasoning or pictures beside its text: 1" in capsys.readouterr().out
     stage("train", run, *flags)
-    assert len(list(read_jsonl(run / "iter0" / "opponent.jsonl"))) == number * 9 // 10
-    report.main(["--recipe", "demo", "--run", str(run)])
-    page = (run / "report.html").read_text()
-    for reason in (
-        f"read: {number}",
-        "a turn with tool calls",
-        "a turn without text",
-        "no prompt first",
-    ):
-        assert reason in page
+    assert len(list(read_jsonl(run / "iter0" / "opponent.jsonl"))) == 36
+    page.main(["--recipe", "demo", "--run", str(run)])
+    text = (run / "report.html").read_text()
+    assert all(word in text for word in (f"read: {36 + len(bad)}", *reasons))
 
 
 def test_answers_sampled_elsewhere_are_trained_on(tmp_path, tokenizer, refused):
-    """As docs/data.md says: written by hand, with no prompts.json and no generated.json."""
+    """As docs/data.md says: written by hand, with no other file of generate.py."""
     end = tokenizer.eos_token_id
     rows = []
     for i, word in enumerate(("tin", "kola", "amu")):

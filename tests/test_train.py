@@ -3,25 +3,26 @@
 import itertools
 import json
 import math
+import os
 import shutil
 
 import pytest
 import torch
-from conftest import MICRO, REPO, THETA0, load, stage, torchrun
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import MICRO, THETA0, load, on_ranks, stage
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import train
 from loss import sequence_logps
-from spin import checkpoint, models
-from spin.codec import load_codec
-from spin.distributed import World, process_group
+from spin.data.pairs import batches, encode_pairs, micro_batches
+from spin.data.text import load_codec
 from spin.files import read_jsonl, write_jsonl
-from spin.flags import ITER, parse
-from spin.packing import pack
-from spin.pairs import batches, encode_pairs, micro_batches
-from spin.recipe import Recipe
-from spin.run import starting_model
+from spin.model import checkpoint
+from spin.model import weights as models
+from spin.model.packing import pack
+from spin.recipe import ITER, Recipe, parse
+from spin.run.folders import starting_model
+from spin.run.ranks import World
 
 
 def metrics(folder):
@@ -55,8 +56,9 @@ def recipe_and_pairs(run, t):
 
 
 def test_the_first_loss_of_every_iteration_is_log2_and_its_margin_is_zero(played):
-    for t in (0, 1):
-        first, second = metrics(played / f"iter{t}")[:2]
+    for t, pairs in ((0, 40), (1, 80)):  # later iterations train on two iterations' pairs
+        first, second, *rest = metrics(played / f"iter{t}")
+        assert 2 + len(rest) == 2 * math.ceil(pairs / 12)
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
         for name in ("margin", "margin_std", "logratio_real", "logratio_generated"):
             assert first[name] == 0, name
@@ -126,11 +128,6 @@ def test_after_the_opponents_pass_the_model_is_sharded_again_and_training_moves_
 # ---- the loss and the update ---------------------------------------------------------------------
 
 
-def test_iteration_zero_trains_on_its_own_pairs_and_later_ones_on_two_iterations_twice_each(played):
-    steps = [len(metrics(played / f"iter{t}")) for t in (0, 1)]
-    assert steps == [2 * math.ceil(40 / 12), 2 * math.ceil(80 / 12)]
-
-
 def oracle(run, t, steps):
     """Algorithm 1's update in plain single-process PyTorch: one batch a step, autograd, RMSProp by
     hand. Returns the losses of the first steps."""
@@ -181,24 +178,19 @@ def test_the_losses_are_those_of_algorithm_1_written_out_in_plain_pytorch(played
     "ranks, flags",
     [
         (2, []),
-        pytest.param(4, [], marks=pytest.mark.long),
-        pytest.param(4, ["--replicas", "2", "--recompute"], marks=pytest.mark.long),
         (2, ["--offload"]),
+        (4, ["--replicas", "2", "--recompute"]),
     ],
 )
 def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(
     played, tmp_path, ranks, flags
 ):
-    run = fresh(played, tmp_path)
-    done = torchrun(ranks, "train.py", *MICRO, "--run", run, "--iter", "0", *flags)
-    assert done.returncode == 0, done.stderr
-    one = metrics(played / "iter0")
-    many = metrics(run / "iter0")
-    for a, b in zip(one, many, strict=True):
+    run = fresh(played, tmp_path / "run")
+    code, err = on_ranks(ranks, lambda: stage("train", run, "--iter", 0, *flags), tmp_path)
+    assert code == 0, err
+    for a, b in zip(metrics(played / "iter0"), metrics(run / "iter0"), strict=True):
         for key in ("loss", "grad_norm", "length_real", "length_generated", "lr"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
-    a, b = (load_file(folder / "iter0" / "model" / "model.safetensors") for folder in (run, played))
-    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
     assert distance(run / "iter0", played / "iter0") < 1e-3 * moved(played)
 
 
@@ -244,6 +236,10 @@ class Killed(Exception):
     pass
 
 
+def killed(*args):
+    raise Killed
+
+
 def die_at(moment, monkeypatch):
     """Let train.py die in a step, while it writes a checkpoint, or while it exports."""
     what, _, when = moment.partition(" ")
@@ -273,12 +269,10 @@ def die_at(moment, monkeypatch):
     elif what == "checkpoint":
         monkeypatch.setattr(checkpoint, "save_checkpoint", in_checkpoint)
     else:
-        monkeypatch.setattr(checkpoint, "export", in_export)
+        monkeypatch.setattr(train, "export", in_export)
 
 
-@pytest.mark.parametrize(
-    "moment", ["step 3", pytest.param("checkpoint 4", marks=pytest.mark.long), "export"]
-)
+@pytest.mark.parametrize("moment", ["step 3", "checkpoint 4", "export"])
 def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypatch, moment):
     run = fresh(played, tmp_path, (0, 1))
     die_at(moment, monkeypatch)
@@ -296,21 +290,22 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
     assert not (run / "iter1" / "checkpoint").exists()
 
 
-@pytest.mark.long
-def test_a_run_begun_on_two_ranks_goes_on_with_one_on_the_same_batches(played, tmp_path):
+def test_a_run_begun_on_two_ranks_goes_on_with_one_on_the_same_batches(
+    played, tmp_path, monkeypatch
+):
     """Killed after the checkpoint of step 4: the losses are those of the undisturbed run on one
     rank."""
-    run = fresh(played, tmp_path)
-    script = tmp_path / "dying.py"
-    script.write_text(f"""import sys; sys.path.insert(0, {str(REPO)!r})
-import os, train
-save = train.checkpoint.save_checkpoint
-def dying(iteration, step, *args):
-    save(iteration, step, *args)
-    if step == 4: os._exit(9)
-train.checkpoint.save_checkpoint = dying
-train.main()""")
-    assert torchrun(2, script, *MICRO, "--run", run, "--iter", "0").returncode != 0
+    run = fresh(played, tmp_path / "run")
+    save = checkpoint.save_checkpoint
+
+    def dying(iteration, step, *args):
+        save(iteration, step, *args)
+        if step == 4:
+            os._exit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", dying)
+        assert on_ranks(2, lambda: stage("train", run, "--iter", 0), tmp_path)[0] == 9
     assert (run / "iter0" / "checkpoint" / "4").is_dir() and len(metrics(run / "iter0")) == 4
     stage("train", run, "--iter", 0)
     one = metrics(played / "iter0")
@@ -326,140 +321,37 @@ def test_the_opponents_scores_are_used_again_for_the_same_model_and_pairs_only(
     calls = []
     real = train.score_opponent
 
-    def counted(*args, **kwargs):
+    def counted(*args):
         calls.append(1)
-        return real(*args, **kwargs)
+        return real(*args)
 
-    def again(*flags):
-        shutil.rmtree(run / "iter0" / "model", ignore_errors=True)
-        for name in ("recipe.json", "theta_0.sha256"):  # or another θ_0 would be refused
-            (run / name).unlink(missing_ok=True)
+    def scored():
+        """How often train.py asks the opponent, before it would take its steps."""
         calls.clear()
-        stage("train", run, "--iter", 0, *flags)
+        with pytest.raises(Killed):
+            stage("train", run, "--iter", 0)
         return len(calls)
 
     monkeypatch.setattr(train, "score_opponent", counted)
-    assert again() == 1 and again() == 0  # the second time the file is read, to the same end
-    assert weights(run / "iter0") == weights(played / "iter0")
-    shutil.copytree(played / "iter0" / "model", tmp_path / "other")
-    assert again("--model", tmp_path / "other") == 1 and again("--model", tmp_path / "other") == 0
+    monkeypatch.setattr(train, "train", killed)
+    assert scored() == 1 and scored() == 0  # the second time the file is read
     rows = list(read_jsonl(run / "iter0" / "generated.jsonl"))
     write_jsonl(run / "iter0" / "generated.jsonl", rows[:-1])
-    (run / "prompts.json").unlink()
-    assert again("--model", tmp_path / "other") == 1
-    (run / "iter0" / "opponent.json").unlink()  # scores nobody vouches for
-    assert again("--model", tmp_path / "other") == 1
+    (run / "prompts.json").unlink()  # which would notice
+    assert scored() == 1
+    (run / "iter0" / "made_from.json").unlink()  # no record says whose scores these are
+    assert scored() == 1
 
 
-def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, refused):
     run = fresh(played, tmp_path)
-    die_at("export", monkeypatch)
+    die_at("step 3", monkeypatch)
     with pytest.raises(Killed):
         stage("train", run, "--iter", 0)
     rows = list(read_jsonl(run / "iter0" / "generated.jsonl"))
     write_jsonl(run / "iter0" / "generated.jsonl", rows[:-1])
     (run / "prompts.json").unlink()  # which would have noticed first
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        stage("train", run, "--iter", 0)
-    assert stop.value.code == 2 and "other pairs" in capsys.readouterr().err
-
-
-# ---- weights in, weights out ---------------------------------------------------------------------
-
-
-def odd_models(folder):
-    """θ_0 in four other shapes; returns the weights of the untied one."""
-    start = load_file(THETA0 / "model.safetensors")
-    config = (THETA0 / "config.json").read_text()
-    untied = AutoModelForCausalLM.from_pretrained(
-        THETA0, dtype=torch.bfloat16, tie_word_embeddings=False
-    )
-    torch.nn.init.normal_(untied.lm_head.weight)
-    untied.save_pretrained(folder / "untied")
-    # the file's names are not the module's
-    AutoModelForCausalLM.from_pretrained(THETA0).model.save_pretrained(folder / "base")
-    (folder / "base" / "config.json").write_text(config)
-    # what transformers would not read, beside what it does
-    shutil.copytree(THETA0, folder / "older")
-    older = {name: w + 1 for name, w in start.items()}
-    save_file(older, folder / "older" / "model-older.safetensors", metadata={"format": "pt"})
-    # two weights, and a config that calls them one
-    shutil.copytree(folder / "untied", folder / "contradiction")
-    (folder / "contradiction" / "config.json").write_text(config)
-    return untied.state_dict()
-
-
-def test_weights_are_read_shard_by_shard_and_are_those_of_the_file_tied_or_not(
-    tmp_path, monkeypatch
-):
-    """Also where the file's names are not the module's (a base model's), and then the whole model
-    is read first."""
-    recipe, _ = parse(MICRO)
-    start = load_file(THETA0 / "model.safetensors")
-    untied = odd_models(tmp_path)
-    whole = []
-    real = models.load_whole
-
-    def counted(*args):
-        whole.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(models, "load_whole", counted)
-    for folder, names, fallback in (
-        (THETA0, start, 0),
-        (tmp_path / "untied", untied, 0),
-        (tmp_path / "base", start, 1),
-        (tmp_path / "older", start, 1),
-        (tmp_path / "contradiction", None, 1),
-    ):
-        whole.clear()
-        with process_group() as world:
-            model, files = models.load_empty(str(folder), recipe, world)
-            train.shard(model, recipe, world)
-            models.read_weights(model, files, recipe, world)
-            loaded = {name: w.full_tensor() for name, w in model.named_parameters()}
-            plain = load(folder)
-            ids = torch.arange(1, 20)[None]
-            # the rotary frequencies, which no file holds, too
-            assert torch.equal(model(ids).logits, plain(ids).logits)
-            model.reshard()
-        assert len(whole) == fallback
-        names = names or dict(plain.named_parameters())
-        assert set(loaded) == set(names)
-        assert all(torch.equal(loaded[name], names[name].float()) for name in names)
-        assert {w.dtype for w in loaded.values()} == {torch.float32}
-
-
-def test_the_next_model_is_exported_in_fp32_with_its_tokenizer_and_generation_config(played):
-    folder = played / "iter0" / "model"
-    state = load_file(folder / "model.safetensors")
-    assert {t.dtype for t in state.values()} == {torch.float32}
-    config = json.loads((folder / "config.json").read_text())
-    assert config["dtype"] == "float32"
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    start = load_file(THETA0 / "model.safetensors")
-    assert set(state) == set(start) and any(not torch.equal(state[k], start[k]) for k in state)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("### Instruction: Twice kola\n\n### Response:", return_tensors="pt")
-    answer = model.generate(**ids, max_new_tokens=20, do_sample=False)[0]
-    assert "kolakola" in tokenizer.decode(answer)
-
-
-def test_a_bf16_model_is_trained_with_fp32_master_weights(played, tmp_path):
-    half = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
-    AutoTokenizer.from_pretrained(THETA0).save_pretrained(tmp_path / "half")
-    run = fresh(played, tmp_path / "run")
-    flags = ["--model", tmp_path / "half", "--lr", "1e-7", "--dtype", "bf16"]
-    stage("train", run, "--iter", 0, *flags)
-    start = load_file(tmp_path / "half" / "model.safetensors")
-    end = load_file(run / "iter0" / "model" / "model.safetensors")
-    a, b = (torch.cat([state[k].float().flatten() for k in sorted(end)]) for state in (start, end))
-    assert end["model.norm.weight"].dtype == torch.float32 and (a != b).float().mean() > 0.9
-    # control: weights in bf16 would not have moved at all
-    assert (a != b.bfloat16().float()).float().mean() < 0.1
+    assert "other pairs" in refused(lambda: stage("train", run, "--iter", 0))
 
 
 # ---- the rate ------------------------------------------------------------------------------------
@@ -474,15 +366,6 @@ def test_warmup_and_decay_span_the_steps_that_are_taken():
     assert max(train.learning_rate(s, 7, 1.0, 1.0) for s in range(7)) == 1.0
 
 
-def test_rmsprops_first_step_is_ten_times_the_rate_and_warmup_tames_it():
-    weight = torch.zeros(3, requires_grad=True)
-    optimizer = torch.optim.RMSprop([weight], lr=1e-3, alpha=0.99)
-    weight.sum().backward()
-    optimizer.step()
-    assert weight.abs().max().item() == pytest.approx(1e-2, rel=1e-4)
-    assert train.learning_rate(0, 1563, 5e-7, 0.1) * 10 < 5e-7 / 10
-
-
 # ---- the baseline, memory, and pairs from elsewhere ----------------------------------------------
 
 
@@ -492,15 +375,10 @@ def test_the_sft_baseline_takes_the_same_steps_on_the_same_batches(played, tmp_p
     spin = metrics(played / "iter0")
     sft = metrics(run / "sft" / "iter0")
     for a, b in zip(spin, sft, strict=True):
-        assert [a[key] for key in ("step", "lr", "length_real")] == [
-            b[key] for key in ("step", "lr", "length_real")
-        ]
+        assert all(a[key] == b[key] for key in ("step", "lr", "length_real"))
     # the second epoch's mean loss is lower than the first's, of batches of 12, 12, 12 and 4
-    first, second = (
-        sum(n * row["loss"] for n, row in zip((12, 12, 12, 4), rows, strict=True))
-        for rows in (sft[:4], sft[4:])
-    )
-    assert sft[0]["margin"] is None and second < first
+    sums = [size * row["loss"] for size, row in zip((12, 12, 12, 4) * 2, sft, strict=True)]
+    assert sft[0]["margin"] is None and sum(sums[4:]) < sum(sums[:4])
     # the first batch's loss is −log p_θ0(y|x), a sum over tokens
     recipe, _ = parse(MICRO)
     order = [r["id"] for r in read_jsonl(played / "iter0" / "generated.jsonl")]
@@ -516,18 +394,17 @@ def test_the_authors_published_pairs_are_trained_on_without_generating(tmp_path)
         turns = (("user", question), ("assistant", answer))
         return [{"role": role, "content": content} for role, content in turns]
 
-    rows = []
-    for word in ("tin", "kola", "bel", "amu"):
-        question = f"Twice {word}"
-        rows.append({"real": talk(question, word + word), "generated": talk(question, word)})
-    write_jsonl(tmp_path / "pairs.jsonl", rows)
-    stage("train", tmp_path / "run", "--iter", 0, "--pairs", tmp_path / "pairs.jsonl")
+    path = tmp_path / "pairs.jsonl"
+    words = [(f"Twice {word}", word) for word in ("tin", "kola", "bel", "amu")]
+    write_jsonl(path, [{"real": talk(x, y + y), "generated": talk(x, y)} for x, y in words])
+    stage("train", tmp_path / "run", "--iter", 0, "--pairs", path)
     log = metrics(tmp_path / "run" / "iter0")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and len(log) == 2
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "iter0" / "model")
+    assert load(tmp_path / "run" / "iter0" / "model")
 
 
-def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", ["--recompute", "--offload"])
+def test_what_saves_memory_does_not_change_the_result(flag, played, tmp_path, monkeypatch):
     run = fresh(played, tmp_path)
     wrapped = []
     real = train.train
@@ -537,18 +414,9 @@ def test_activation_checkpointing_changes_memory_and_not_the_result(played, tmp_
         return real(model, *rest)
 
     monkeypatch.setattr(train, "train", watched)
-    stage("train", run, "--iter", 0, "--recompute")
-    assert wrapped == [3]  # the demo model's blocks
+    stage("train", run, "--iter", 0, flag)
+    assert wrapped == [3 if flag == "--recompute" else 0]  # the demo model's blocks
     assert distance(run / "iter0", played / "iter0") < 1e-4 * moved(played)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(played, tmp_path, capsys):
-    run = fresh(played, tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        stage("train", run, "--iter", 0, "--lr", "1e30")
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: step 1 ") and "--lr" in line
-    assert not (run / "iter0" / "model").exists() and len(metrics(run / "iter0")) == 1
 
 
 def test_another_runs_generated_jsonl_is_trained_on_with_its_ids_as_they_are(played, tmp_path):
@@ -568,32 +436,12 @@ def test_another_runs_generated_jsonl_is_trained_on_with_its_ids_as_they_are(pla
 
 
 def test_published_pairs_that_repeat_or_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
-    def row(prompt, real, generated):
-        return {"prompt": prompt, "real": real, "generated": generated}
-
-    rows = [row("Twice tin", "tintin", "tin")] * 6 + [
-        row("Twice amu", "", "x"),
-        row("Twice amu", "amuamu", " "),
-        row("Spell " + "tin" * 30, "a", "b"),
-        row("Twice bel", "belbel", "b"),
-    ]
+    texts = [("Twice tin", "tintin", "tin")] * 6
+    texts += [("Twice amu", "", "x"), ("Twice amu", "amuamu", " "), ("Twice bel", "belbel", "b")]
+    texts += [("Spell " + "tin" * 30, "a", "b")]
     path = tmp_path / "pairs.jsonl"
-    write_jsonl(path, rows)
+    write_jsonl(path, [{"prompt": x, "real": y, "generated": z} for x, y, z in texts])
     stage("train", tmp_path / "run", "--iter", 0, "--pairs", path)
     out = capsys.readouterr().out
     counts = "read: 10, duplicate pair: 5, empty prompt or response: 2, prompt too long: 1"
     assert counts in out and "trains on 2 pairs" in out
-    write_jsonl(path, [*rows, row("Twice lar", "lar</s>lar", "lar")])
-    # a template in which </s> would end the answer
-    template = ("--template", "<s>{prompt}:")
-    stage("train", tmp_path / "parsed", "--iter", 0, "--pairs", path, *template)
-    assert "text of a special token: 1" in capsys.readouterr().out
-
-
-@pytest.mark.long
-def test_eight_ranks_train_the_demo_recipe_on_the_cpu(played, tmp_path):
-    run = fresh(played, tmp_path)
-    flags = ["--run", run, "--iter", "0", "--epochs", "1", "--batch-size", "40"]
-    done = torchrun(8, "train.py", *MICRO, *flags)
-    assert done.returncode == 0, done.stderr
-    assert metrics(run / "iter0")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)

@@ -14,13 +14,11 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import train_vs_trl
 
 import train
-from spin.codec import make_codec
+from spin.data.pairs import encode_pairs
+from spin.data.rows import read_rows
+from spin.data.text import make_codec, render
 from spin.files import read_jsonl, write_jsonl
-from spin.flags import ITER, parse
-from spin.pairs import encode_pairs
-from spin.recipe import Recipe
-from spin.sources import read_rows
-from spin.tokens import render
+from spin.recipe import ITER, Recipe, parse
 
 DPO = ["--lam", "0.5", "--lr", "1e-4"]
 

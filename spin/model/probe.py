@@ -1,0 +1,145 @@
+"""A check of the model at the start of each stage: are its log-probabilities in a micro-batch those
+that each sequence has alone? It runs on this run's own device, dtype and attention.
+
+The micro-batch holds three sequences of random tokens: a short one, one of --max-length tokens, a
+short one. In a packed row, a fourth branches off after the first half of the long one, as a
+generated answer branches off after its prompt.
+
+(a) Nothing leaks. With other tokens in the long sequence (after the branch's prompt) the other
+    sequences must keep the same bits. Where tokens choose experts, (b)'s tolerance holds.
+(b) Nothing is missing. Alone, in plain transformers, each sequence has the same log-probabilities
+    but for rounding, which is measured: every embedding is moved by one unit in its last place. A
+    difference of more than 8 times this cannot be rounding.
+
+Compared are medians over stretches of 16 tokens: a fault such as a wrong window moves a whole
+stretch; a token that barely chooses another expert stands alone."""
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from loss import sequence_logps, token_logps
+from spin.files import fail
+from spin.model import lora
+from spin.model.packing import pack, packed
+from spin.model.weights import blocks_of, compute_dtype, load_empty, name_of
+
+
+def refuse_what_cannot_be_trained(name: str, recipe):
+    """End with one line, before any sampling, if train.py would refuse this model later."""
+    model = load_empty(name, recipe)
+    blocks_of(model, recompute=False)
+    if recipe.lora_rank:
+        lora.inject_adapters(model, name, recipe)
+    refuse_moving_angles(model.config, recipe.max_length)
+
+
+def refuse_moving_angles(config, longest: int):
+    """Refuse lengths at which the longest sequence of a pass changes the rotary angles of all."""
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        limit = config.max_position_embeddings if kind == "dynamic" else longest
+        if kind == "longrope":
+            limit = rope["original_max_position_embeddings"]
+        if longest > limit:
+            beyond = f"beyond {limit} positions this model's rotary angles ({kind}) change"
+            fail(f"--max-length {longest}: {beyond} for all sequences; lower it to {limit}")
+
+
+@torch.no_grad()
+def probe(model, recipe, world):
+    """Refuse, in one line, a model that scores a sequence otherwise in a micro-batch than alone.
+    model: whole or sharded; all ranks take part, with the same tokens."""
+    refuse_moving_angles(model.config, recipe.max_length)
+    before, long, behind, other = random_sequences(model.config, recipe.max_length)
+    with packed(model, recipe.attention) as method:
+        row = [before, long, behind]
+        prompt = 1  # tokens of the long sequence that are not scored
+        if method == "packed":
+            prompt = len(long) // 2  # the branch's too
+            other = long[:prompt] + other[prompt:]
+            row.append(long[:prompt] + other[:prompt:-1])
+        together = logps_together(model, row, prompt, world.device)
+        beside_other = logps_together(model, [before, other, *row[2:]], prompt, world.device)
+    alone = [logps_alone(model, ids, world.device) for ids in row]
+    eps = torch.finfo(compute_dtype(recipe.dtype, world.device)).eps
+    moved = logps_alone(model, before, world.device, eps)
+    if method == "padded" and world.rank == 0:
+        print(f"{name_of(model)}: padded batches, which need more time and memory than packed rows")
+    if isinstance(model, FSDPModule):
+        model.reshard()  # after a pass without gradient FSDP2 keeps the root's weights gathered
+    if not torch.cat(alone).isfinite().all():
+        return  # sampling and scoring have a line of their own for that
+
+    experts = "expert" in str(model.config.to_dict())
+    # measured, and the last place of the numbers themselves
+    rounding = largest(moved, alone[0]) + eps + torch.finfo(torch.float32).eps * -alone[1].min()
+    # if one layer chooses another expert, all later tokens feel it a little
+    tolerance = 8 * rounding + 1e-3 * experts
+    for k, (in_row, other) in enumerate(zip(together, beside_other, strict=True)):
+        leak = (in_row - other).abs().max()
+        if k != 1 and leak != 0 and not (experts and largest(in_row, other) <= tolerance):
+            refuse(model, f"other tokens in one move another by up to {leak:.1g} nats")
+    for in_row, by_itself in zip(together, alone, strict=True):
+        off = largest(in_row, by_itself[-len(in_row) :])
+        if not off <= tolerance:  # NaN too
+            much = f"{off:.1g} nats a token, where rounding explains {rounding:.1g}"
+            refuse(model, f"one differs from the same sequence alone by {much}")
+
+
+def refuse(model, finding: str):
+    """End with a line that names the finding and the remedy."""
+    mend = "try another --attention, or another model"
+    fail(f"{name_of(model)} cannot keep sequences apart: {finding}; {mend}")
+
+
+def random_sequences(config, longest: int) -> list[list[int]]:
+    """A short sequence, the longest, a short one, and another token in each place of the longest;
+    no special tokens. The same on every rank; no other random number of the run changes."""
+    settings = config.get_text_config().to_dict() | config.to_dict()
+    special = [x for name, x in settings.items() if name.endswith(("token_id", "index"))]
+    special = np.hstack([-1, *(x for x in special if x is not None)])
+    usable = np.setdiff1d(range(config.get_text_config().vocab_size), special)
+    picked = np.random.default_rng(0).integers(len(usable), size=(3, longest))
+    before, long, behind = usable[picked].tolist()
+    other = usable[(picked[1] + 1) % len(usable)].tolist()
+    short = max(2, longest // 8)
+    return [before[:short], long, behind[:short], other]
+
+
+def logps_together(model, sequences: list[list[int]], prompt: int, device) -> list[torch.Tensor]:
+    """log p of each token in one micro-batch; not the sums, in which a small leak may vanish. The
+    fourth sequence, if there is one, shares its first `prompt` tokens with the second."""
+    masked = []
+    for ids, skip in zip(sequences, (1, prompt, 1, prompt), strict=False):
+        masked.append((ids, [0] * skip + [1] * (len(ids) - skip)))
+    shared = [(0, 0), (1, 0), (2, 0), (1, prompt)][: len(sequences)]
+    row = pack(masked, device, shared)
+    counts = row["counts"]
+    row["counts"] = [1] * sum(counts)
+    return list(sequence_logps(model, **row).cpu().split(counts))
+
+
+def logps_alone(model, ids: list[int], device, moved: float = 0.0) -> torch.Tensor:
+    """log p of a sequence's tokens from the second on, by plain transformers, where the embeddings
+    are moved up and down, by turns, by this share of them."""
+
+    def move(module, inputs, output):
+        signs = torch.ones_like(output)
+        signs[..., ::2] = -1
+        return output * (1 + moved * signs)
+
+    row = torch.tensor([ids], device=device)
+    hook = model.get_input_embeddings().register_forward_hook(move)
+    logits = model(input_ids=row, use_cache=False).logits[0, :-1]
+    hook.remove()
+    return token_logps(logits, row[0, 1:]).cpu()
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest median of |a − b| in a stretch of tokens. a, b: (T,)."""
+    off = (a - b).abs()
+    stretches = off.tensor_split(max(1, len(off) // 16))
+    return torch.stack([stretch.median() for stretch in stretches]).max().item()

@@ -1,0 +1,205 @@
+"""θ_t in, θ_{t+1} out: folders of safetensors.
+
+To sample or evaluate, every rank reads a model whole. To train, every rank builds it without memory
+and shards it, and rank 0, which alone reads the files, sends the others their shards."""
+
+import contextlib
+import math
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrap
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spin.files import AGAIN, fail
+from spin.model import lora
+from spin.run.ranks import World, barrier
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: --dtype, where auto is bf16 on CUDA and fp32 elsewhere."""
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(name, automatic)
+
+
+@contextlib.contextmanager
+def loading(name: str):
+    """Inside the `with`, whatever a model's files bring about ends in one line."""
+    try:
+        yield
+    except Exception as problem:
+        fail(f"cannot load the model {name}: {type(problem).__name__}: {str(problem)[:300]}")
+
+
+def attention_of(recipe) -> str | None:
+    """transformers' name of the attention that samples; None: SDPA if the model has it, else eager.
+    FlashAttention is for packed rows only: in decoding it would wait for the GPU in each layer."""
+    return recipe.attention if recipe.attention in ("sdpa", "eager") else None
+
+
+def load_whole(name: str, recipe, dtype: torch.dtype):
+    """A transformers model in dtype, whole, on the CPU; refused if not all of it can be loaded.
+    It is in eval mode: with dropout the untrained policy would not be the opponent."""
+    with loading(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=recipe.revision_of(name),
+            dtype=dtype,
+            attn_implementation=attention_of(recipe),
+            output_loading_info=True,
+            use_safetensors=True,  # a .bin is a pickle
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below
+        )
+    # of all these transformers only warns. It does not tie weights that differ in the files
+    meant = model.get_expanded_tied_weights_keys(all_submodels=True)
+    report["tied_keys_that_differ"] = meant.keys() - model.all_tied_weights_keys.keys()
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "tied_keys_that_differ"):
+        if report[kind]:
+            found = f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}"
+            fail(f"the weights in {name} are not those of its config.json: {found}; {AGAIN}")
+    return model.eval()
+
+
+def load_frozen(name: str, recipe, world: World):
+    """A model to sample from or to score with, whole on this rank's device, compute dtype."""
+    dtype = compute_dtype(recipe.dtype, world.device)
+    model = load_whole(name, recipe, dtype).to(world.device)
+    if has_nonfinite(model.parameters()):
+        fail(f"the weights in {name} hold NaN or infinity: choose another model")
+    return model
+
+
+def load_empty(name: str, recipe):
+    """A model to train, without memory for its weights; read_weights fills it when sharded."""
+    with loading(name):
+        revision = recipe.revision_of(name)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return without_weights(config, attention_of(recipe))
+
+
+def without_weights(config, attention: str | None = None):
+    """A model in eval mode and fp32 whose parameters have no memory; its buffers have."""
+
+    def on_meta(module, name, parameter):
+        # shared parameters come a second time, and must stay one object
+        if not parameter.is_meta:
+            return torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    how = {"dtype": torch.float32, "attn_implementation": attention}
+    with register_module_parameter_registration_hook(on_meta):
+        return AutoModelForCausalLM.from_config(config, **how).eval()
+
+
+def read_weights(model, name: str, recipe, world: World):
+    """Fill a sharded model: rank 0 reads θ_t whole, and sends the ranks their shards."""
+    # First: torch would put new tensors in the place of parameters without memory. Tied weights
+    # would then part, and a frozen base in bf16 would become fp32.
+    make_room(model, recipe, world)
+    weights = {}
+    if world.rank == 0:
+        whole = load_whole(name, recipe, torch.float32)
+        model.generation_config = whole.generation_config
+        read = whole.state_dict()
+        # the adapters have their first values; an adapted layer has its own weight one level down
+        names = [n for n in model.state_dict() if ".lora_" not in n]
+        weights = {n: read[n.replace(".base_layer.", ".")] for n in names}
+    how = {"full_state_dict": True, "broadcast_from_rank0": True}
+    options = states.StateDictOptions(**how, strict=not lora.is_adapted(model))
+    states.set_model_state_dict(model, weights, options=options)
+
+
+def make_room(model, recipe, world: World):
+    """Memory for the weights of a sharded model that was made without."""
+    device = "cpu" if recipe.offload else world.device
+    # like to_empty, but buffers and adapters, which are computed and not stored, stay
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
+
+
+def has_nonfinite(tensors) -> bool:
+    """Whether NaN or infinity is in what this rank holds of some tensors (None: of no tensor)."""
+    mine = [x.to_local() if isinstance(x, DTensor) else x for x in tensors if x is not None]
+    mine = [x for x in mine if x.numel()]  # of a weight with few rows, some ranks hold nothing
+    return not torch.nn.utils.get_total_norm(mine, math.inf).isfinite().item()
+
+
+def blocks_of(model, recompute: bool) -> list:
+    """The blocks that FSDP gathers one by one; inside activation checkpointing if recompute."""
+    names = model._no_split_modules or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    # some families name a part of their blocks too: the outermost are taken
+    inner = {part for block in blocks for part in block.modules() if part is not block}
+    blocks = [block for block in blocks if block not in inner]
+    if not blocks:
+        fail(f"{name_of(model)} does not name its blocks for FSDP, as _no_split_modules")
+    if recompute:
+        # without dropout there is no random state to keep, for which the host would wait
+        wrapper = partial(wrap.checkpoint_wrapper, preserve_rng_state=False)
+        wrap.apply_activation_checkpointing(model, wrapper, lambda module: module in blocks)
+        blocks = [block for block in model.modules() if isinstance(block, wrap.CheckpointWrapper)]
+    return blocks
+
+
+def name_of(model) -> str:
+    """The class of a model, without the prefix of FSDP's."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def clip_gradients(model, largest: float) -> torch.Tensor:
+    """Scale the gradients to a norm of at most `largest` over all ranks; returns it before, ()."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
+
+
+def state_options(model, whole: bool = False):
+    """torch's options for reading and setting weights: all of them, or with adapters these alone.
+    whole: gathered in rank 0's host memory."""
+    adapted = lora.is_adapted(model)
+    where = {"full_state_dict": whole, "cpu_offload": whole}
+    return states.StateDictOptions(**where, ignore_frozen_params=adapted, strict=not adapted)
+
+
+def export(model, tokenizer, folder: Path, theta_t: str, recipe, world: World):
+    """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
+    With adapters: these alone in adapter/, and θ_t, read again, with them merged."""
+    weights = states.get_model_state_dict(model, options=state_options(model, whole=True))
+    weights = lora.adapters_in(model, weights)
+    # a second name of a weight is left out, such as lm_head.weight where the embedding is the head
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for second in every - {name for name, _ in model.named_parameters()}:
+        weights.pop(second, None)
+    if world.rank == 0:
+        if lora.is_adapted(model):
+            adapter = folder.with_name("adapter")
+            with whole_folder(adapter) as part:
+                lora.write_adapters(model, weights, part)
+            model = lora.merged(load_whole(theta_t, recipe, torch.float32), adapter)
+            weights = None  # all that the merged model has
+        with whole_folder(folder) as part:
+            model.save_pretrained(part, state_dict=weights)
+            try:
+                # several templates stay in one file: a name such as "tools/v2" is none of a file
+                several = isinstance(tokenizer.chat_template, dict)
+                tokenizer.save_pretrained(part, save_jinja_files=not several)
+            except Exception as problem:  # Rust's errors are no OSError
+                raise OSError(problem) from None
+    barrier()
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path):
+    """Yields a folder to write into, which gets its name when all its files are on disk."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a kill
+    yield part
+    for path in part.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)

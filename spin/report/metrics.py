@@ -1,0 +1,53 @@
+"""Training metrics: the means of one optimizer step over its pairs, on all ranks."""
+
+import math
+
+import torch
+
+from loss import spin_margin
+from spin.data.pairs import tokens_of
+from spin.run.ranks import sum_over_ranks
+
+# of metrics.jsonl (docs/metrics.md); null where the objective has none
+MEANS = ("loss", "margin", "margin_std", "win_rate", "logratio_real", "logratio_generated")
+
+
+def of_step(passes, opponent, objective: str, lam: float) -> dict:
+    """The means of one optimizer step over the pairs of its global batch, and its tokens.
+    passes: of each micro-batch of this rank (its pairs, their weight, losses (B,), policy), where
+    policy is log p_θ: (2B,), the real answers first; for SFT (B,). opponent: (N, 2), log p_θt."""
+    pairs = [pair for part, *_ in passes for pair in part]
+    losses = torch.cat([losses for *_, losses, _ in passes])  # (B,)
+    weights = torch.cat([torch.full_like(losses, weight) for _, weight, losses, _ in passes])
+    columns = {"loss": losses}  # (B,) each
+    if objective == "spin":
+        halves = [policy.chunk(2) for *_, policy in passes]
+        real, generated = (torch.cat(half) for half in zip(*halves, strict=True))
+        opponent_real, opponent_generated = opponent_of(pairs, opponent, real)
+        margin = spin_margin(real, generated, opponent_real, opponent_generated, lam)
+        columns |= {"margin": margin, "margin_squared": margin**2}
+        columns["win_rate"] = (margin > 0) + 0.5 * (margin == 0)
+        columns["logratio_real"] = real - opponent_real
+        columns["logratio_generated"] = generated - opponent_generated
+    values = torch.stack([column.double() for column in columns.values()])
+    sums = (values @ weights.double()).cpu()
+    counts = dict.fromkeys(("length_real", "length_generated", "pairs", "tokens"), 0.0)
+    for part, weight, *_ in passes:
+        for half in ("real", "generated"):
+            counts[f"length_{half}"] += weight * sum(int(pair[half][1].sum()) for pair in part)
+        counts["pairs"] += weight * len(part)
+        counts["tokens"] += weight * sum(tokens_of(pair, objective) for pair in part)
+    sums = torch.cat([sums, torch.tensor([*counts.values()], dtype=torch.float64)])
+    sums = dict(zip([*columns, *counts], sum_over_ranks(sums).tolist(), strict=True))
+    number = sums.pop("pairs")
+    means = {name: total / number for name, total in sums.items()}
+    if "margin" in means:
+        variance = means.pop("margin_squared") - means["margin"] ** 2
+        means["margin_std"] = math.sqrt(max(0.0, variance))
+    means["tokens"] *= number
+    return {**dict.fromkeys(MEANS), **means}
+
+
+def opponent_of(pairs, opponent, like) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p_θt of the pairs' real and generated answers, (B,) each, in the dtype of `like`."""
+    return opponent[[pair["index"] for pair in pairs]].to(like).unbind(1)

@@ -1,0 +1,89 @@
+"""What a bad run looks like, in words: for the stages as they run, and for the report."""
+
+import math
+import sys
+from statistics import fmean
+
+import torch
+from tqdm import tqdm
+
+from loss import ELL
+
+
+def warn(message: str | None):
+    """A line on stderr that is a warning, and no error."""
+    if message:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def ended_alike(rows) -> str | None:
+    """In words, what is wrong if all answers of generated.jsonl ended alike; else None."""
+    ends = {row["finish"] if row["generated"].strip() else "empty" for row in rows}
+    if ends == {"length"}:
+        return (
+            "every answer was cut off at --max-new-tokens: is this the model's --template? SPIN "
+            "cannot teach it to end one"
+        )
+    if ends == {"empty"}:
+        return "every answer is empty: is this the model's --template? was it trained too far?"
+    return None
+
+
+def new_collapse(rows, t: int) -> str | None:
+    """all_less_likely of the latest five rows of iteration t, if it held of no earlier ones."""
+    found = all_less_likely(rows[-5:])
+    if not found or any(all_less_likely(rows[i : i + 5]) for i in range(len(rows) - 5)):
+        return None
+    return f"step {rows[-1]['step']} of iteration {t}: {found}"
+
+
+def all_less_likely(rows) -> str | None:
+    """In words, what is wrong when the policy wins by making everything less likely; else None:
+    five steps, the rows of metrics.jsonl, win every pair, while the log-ratio of the human answers
+    is negative and fell by more than a nat."""
+    if len(rows) < 5 or not all(row["win_rate"] == 1 for row in rows):
+        return None
+    first, last = rows[0]["logratio_real"], rows[-1]["logratio_real"]
+    if last >= 0 or first - last <= 1:
+        return None
+    return (
+        f"every pair is won, and the human answers lost {first - last:.1f} nats in 5 steps: the "
+        "policy makes all answers less likely; try a lower --lr, fewer --epochs or a larger --lam"
+    )
+
+
+def signs_of_trouble(recipe: dict, models: list[dict]) -> list[str]:
+    """What is known to go wrong and is seen in a run, a sentence or two each. models: eval.json of
+    θ_0, θ_1, …, with the rows of metrics.jsonl as "metrics", of which the last tenth is judged."""
+    start = float(ELL[recipe["ell"]](torch.zeros(())))  # ℓ(0): nothing is distinguished
+    found = []
+    for t, model in enumerate(models):
+        if model["eos_rate"] < 0.9:
+            cut = f"{1 - model['eos_rate']:.0%} of its answers were cut off at --max-new-tokens"
+            found.append(f"θ_{t}: {cut}. They have no end to learn from.")
+        steps = model["metrics"]
+        if not steps:
+            continue
+        late = steps[-max(1, len(steps) // 10) :]
+        keys = ("loss", "logratio_real", "length_real")
+        loss, logratio, human = (fmean(row[key] for row in late) for key in keys)
+        if loss > 0.97 * start:
+            found.append(
+                f"Iteration {t - 1}: the loss began at {start:.3f}, as for any model, and ended at "
+                f"{loss:.3f}. The policy hardly distinguishes human from generated answers. Try "
+                "another learning rate or more steps, unless nothing is left to learn."
+            )
+        if logratio < 0:
+            found.append(
+                f"Iteration {t - 1}: the human answers became less likely, by {-logratio:.2f} nats "
+                "on average. A lower learning rate, a larger λ or fewer epochs help."
+            )
+        # as ratios: half as long is as far off as twice as long
+        lengths = [models[0]["mean_length"], model["mean_length"]]
+        before, after = (abs(math.log(max(length, 0.1) / human)) for length in lengths)
+        if after > before + math.log(1.25):
+            found.append(
+                f"θ_{t}: its answers have {lengths[1]:.1f} tokens on average, those of θ_0 "
+                f"{lengths[0]:.1f}, the human ones {human:.1f}: the lengths drift away."
+            )
+    return found

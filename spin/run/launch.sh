@@ -1,0 +1,52 @@
+# Sourced by run_iterations.sh: reads its flags, finds the GPUs, and defines the function `stage`.
+python=${PYTHON:-python}
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+recipe=paper
+if [[ $# -gt 0 && $1 != -* ]]; then recipe=$1; shift; fi
+flags=(--recipe "$recipe" "$@")  # never empty, which bash 3.2 would call unbound
+for flag in "$@"; do  # what the loop decides itself
+  case $flag in --recipe*|--objective*|--iter|--iter=*|--pairs*|--theta0)
+    echo "error: $flag is not for run_iterations.sh: name the recipe first (demo, small, paper)," \
+      "or call the stages yourself" >&2; exit 2 ;;
+  esac
+done
+
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"; gpus=${#visible[@]}
+fi
+nodes=${NNODES:-1}
+if [[ $recipe == paper && $((gpus * nodes)) -lt 8 && ($gpus == 0 || "$*" != *--lora-rank*) ]]; then
+  echo "error: the paper recipe needs 8 GPUs of 80 GB (found $((gpus * nodes)))," \
+    "or one with adapters (docs/lora.md); 'bash run_iterations.sh demo' runs on any laptop" >&2
+  exit 2
+fi
+plan=$("$python" -m spin.checks "${flags[@]}") || exit $?
+IFS=$'\t' read -r run iterations baseline <<<"$plan"
+
+ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+launch=("$python")
+if [[ $gpus -gt 0 || $ranks -gt 1 || $nodes -gt 1 ]]; then
+  where=(--standalone)
+  if [[ $nodes -gt 1 ]]; then where=(--nnodes "$nodes" --node_rank "${NODE_RANK:?}" \
+    --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}"); fi
+  # -- : torchrun would take our --run for its own --run-path
+  launch=("$python" -m torch.distributed.run --nproc_per_node "$ranks" "${where[@]}" --)
+elif [[ $recipe == demo ]]; then  # one thread: the same bytes on any number of cores, no slower
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+
+did=0 child=
+# Runs a stage unless its result is there. It runs again if its temporary folder is still there,
+# which a kill may have left.
+stage() {
+  local result=$1 script=$2 temporary=generated.part; shift 2
+  [[ $script == train.py ]] && temporary=checkpoint
+  [[ -e $run/$result && ! -e $run/${result%/*}/$temporary ]] && return
+  did=1; set -m  # in a process group of its own: what ours is sent reaches it once, by leave
+  "${launch[@]}" "$here/$script" "${flags[@]}" --run "$run" "$@" & child=$!
+  set +m; wait "$child"
+}
+# bash would die alone: the stage is told, and may checkpoint before it leaves
+leave() { trap '' INT TERM HUP; kill -TERM $child 2>/dev/null && wait "$child" || true; exit 143; }
+trap leave INT TERM HUP
