@@ -8,9 +8,10 @@
     python train.py --iter 0 --pairs FILE              pairs from elsewhere; preferences: DPO
 
 Reads θ_t and the generated.jsonl of iterations t and t − 1; writes into RUN/iter{t}/
-opponent.jsonl, metrics.jsonl and model/, which is θ_{t+1} (SFT: RUN/sft/iter{t}/, and no
-opponent.jsonl; with --lora-rank adapter/ too). A rerun resumes from the last checkpoint; on the CPU
-with the same ranks and threads it ends with the same bytes as an uninterrupted run.
+opponent.jsonl, metrics.jsonl, made_from.json and model/, which is θ_{t+1} (SFT: RUN/sft/iter{t}/,
+and no opponent.jsonl; with --lora-rank adapter/ too). A rerun resumes from the last checkpoint, in
+checkpoint/; on the CPU with the same ranks and threads it ends with the same bytes as an
+uninterrupted run.
 """
 
 import contextlib
@@ -217,7 +218,7 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
     for batch in tqdm(first_epoch, desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
         for part, weight in micro_batches(batch, pairs, recipe, world, is_padded(model)):
             logps = sequence_logps(model, **packed_pairs(part, "spin", world.device))
-            if weight:  # else a pair that only fills up
+            if weight:  # else a repeated pair, as in train
                 indices = [pair["index"] for pair in part]
                 scores[indices] = logps.view(2, -1).T.double().cpu()  # (B, 2)
     # after a pass without gradient FSDP2 keeps the outermost module's weights gathered: free them

@@ -29,6 +29,8 @@ from spin.run.folders import (
 from spin.run.ranks import flags_of_all_ranks, gather
 
 RESTORE = "restore it, or choose another --run"
+# what a row of generated.jsonl has from the SFT set
+OF_THE_SET = ("id", "system", "prompt", "real")
 
 
 def before_generating(recipe: Recipe, run: Path, t: int):
@@ -51,7 +53,9 @@ def before_training(recipe: Recipe, run: Path, t: int, foreign: list[str]):
     same_start(folder, start, recipe)
     codec = load_codec(start, recipe)
     for s, path in answers_of(recipe, run, t).items() if not foreign else ():
-        rows = list(sampled_rows(path, s, codec))
+        rows = []
+        for row in sampled_rows(path, s, codec):  # not its token ids, which take much memory
+            rows.append({name: row.get(name) for name in OF_THE_SET})
         expected = read_record(path.parent).get("rows", len(rows))
         if len(rows) != expected:
             mend = f"delete it and run generate.py --iter {s} again"
@@ -173,7 +177,7 @@ def same_result(out: Path, made_from: dict):
 def same_prompts(path: Path, pairs, source) -> dict:
     """The content of RUN/prompts.json: number and hash of the prompts and human answers in source.
     Refuses pairs of others than the file there holds."""
-    facts = [[pair.get(name) for name in ("id", "system", "prompt", "real")] for pair in pairs]
+    facts = [[pair.get(name) for name in OF_THE_SET] for pair in pairs]
     text = "".join(sorted(map(json.dumps, facts)))  # sorted, so that their order does not matter
     mine = {"prompts": len(facts), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     if path.exists() and read_json(path, RESTORE) != mine:

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conftest import stage
 from families import alone, gradient, random_pairs, random_sequences, tiny
 from transformers import AutoModelForCausalLM
 
@@ -67,14 +68,14 @@ def test_attention_that_is_more_than_softmax_is_refused_by_packed_attention(name
     assert packed_attention(None, x, x, x, None, **known, **{name: None})[0].shape == (1, 5, 2, 8)
 
 
-def test_flash_attention_2_without_the_package_or_a_gpu_ends_in_one_line(refused):
-    def enter(attention):
-        with packed(tiny("Llama"), attention) as method:
-            assert method == "packed"
+def test_flash_attention_2_without_the_package_or_a_gpu_ends_in_one_line(refused, tmp_path):
+    def generate(attention):
+        stage("generate", tmp_path, "--iter", 0, "--attention", attention)
 
-    wanted = "--attention flash_attention_2 needs a GPU and the package flash-attn"
-    assert wanted in refused(lambda: enter("flash_attention_2"))
-    enter("auto")  # control
+    wanted = "--attention flash_attention_2 needs a GPU, bf16 and the package flash-attn"
+    assert wanted in refused(lambda: generate("flash_attention_2"))
+    assert not list(tmp_path.iterdir())
+    generate("auto")  # control
 
 
 # ---- a prompt that stands in the row once --------------------------------------------------------

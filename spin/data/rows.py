@@ -73,7 +73,8 @@ def rows_of_folder(folder: Path, split: str):
         return splits[split]
     files = [Path(file) for file in splits[split]]
     known = {Path(file) for of_one in splits.values() for file in of_one}
-    for path in sorted({path for file in known for path in file.parent.iterdir()}):
+    folders = {file.parent for file in known}
+    for path in sorted(path for one in folders for path in one.iterdir()):
         held_out = HELD_OUT.search(str(path.relative_to(folder)))
         if path in files and held_out and not HELD_OUT.search(split):
             fail(f"{path} would be read as {split}, but its name says held-out: rename or move it")

@@ -17,11 +17,8 @@ def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], d
     as the paper's 14k lie in its 26k and these in its 50k.
     Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of
     what was left out, by reason. A response that is too long is cut, and counted."""
-    order = (
-        np.random.default_rng((recipe.seed, 0, 0, STREAM["selection"]))
-        .permutation(len(rows))
-        .tolist()
-    )
+    rng = np.random.default_rng((recipe.seed, 0, 0, STREAM["selection"]))
+    order = rng.permutation(len(rows)).tolist()
     candidates = ((source, index, rows[index]) for index in order)
     room = recipe.max_length - recipe.max_new_tokens
     return usable(source, candidates, ("real",), room, codec, recipe, number)

@@ -175,8 +175,11 @@ def end_of_turn(tokenizer, before: str, after: str, between: str) -> int:
     ends = [i for i in ids if i in special] or [i for i in ids if i in added]
     if not ends:
         fail(f"the chat template writes no special token behind an answer to end it: {PLAIN}")
-    differ = [last != earlier for last, earlier in zip(ids, ids_between, strict=False)]
-    every_turn = ids[: [*differ, True].index(True)]  # the ids that follow every answer
+    every_turn = []  # the ids that follow every answer
+    for last, earlier in zip(ids, ids_between, strict=False):
+        if last != earlier:
+            break
+        every_turn.append(last)
     eot_id = tokenizer.eos_token_id if tokenizer.eos_token_id in every_turn else ends[0]
     if eot_id in tokenizer(before, add_special_tokens=False)["input_ids"]:
         fail(f"the chat template begins an answer with the token that ends it: {PLAIN}")
@@ -245,7 +248,8 @@ def split_text(codec: Codec, pair: dict, response: str | None, eos: bool) -> tup
 
 def encode(codec: Codec, pair: dict, response=None, max_length=None, eos=True):
     """split_ids as one sequence: token ids and response mask, both (T,), cut at max_length. An
-    answer that is cut has no end of turn: one never produced would give real answers away."""
+    answer that is cut gets no end of turn, which it never had: if every human answer had one and
+    some generated ones had not, that alone would distinguish them."""
     ids, answer, _ = split_ids(codec, pair, response, eos)
     mask = [0] * len(ids) + [1] * len(answer)
     return (ids + answer)[:max_length], mask[:max_length]

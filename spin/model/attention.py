@@ -8,6 +8,7 @@ On CUDA in 16 bits this is one call of FlashAttention-2, by the package flash-at
 installed, else by torch. Elsewhere the attention alone is padded, and the large matrix products,
 which cost most, are not."""
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +95,23 @@ def by_torch(q, k, v, ranges, scaling, sides):
     """The same by torch. Not run: it needs CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, *ranges, scale=scaling, window_size=sides, enable_gqa=True)
+    more = {"scale": scaling, "window_size": sides}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in every version of torch
+        more["enable_gqa"] = True
+    else:
+        k, v = for_each_head(q, k, v)
+    return varlen_attn(q, k, v, *ranges, **more)
+
+
+def for_each_head(q, k, v):
+    """Keys and values of grouped queries, repeated for each of the heads that share them."""
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
 
 def padded(q, k, v, layout: Layout, scaling, window) -> torch.Tensor:
     """SDPA on padded batches: one of the whole sequences, one of the branches. → (T, H, D)."""
-    groups = q.shape[1] // k.shape[1]  # grouped queries: a key serves so many heads
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    k, v = for_each_head(q, k, v)
     n = sum(layout.wholes)
     wholes, branches = zip(*(x.split([n, len(x) - n]) for x in (q, k, v)), strict=True)
     out = padded_batch(*wholes, layout.wholes, layout.wholes, scaling, window)

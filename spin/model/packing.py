@@ -11,10 +11,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
-from transformers.utils import is_flash_attn_2_available
 
 from loss import sequence_logps
-from spin.files import fail
 from spin.model.attention import Layout, packed_attention, unknown
 
 AttentionInterface.register("packed", packed_attention)
@@ -70,10 +68,6 @@ def packed(model, attention: str = "auto"):
     which alone can share a prompt between two sequences; or "padded", a row made a padded batch.
     attention: the knob --attention; "eager" and "sdpa" mean padded."""
     before = model.config._attn_implementation
-    has_flash = model.device.type == "cuda" and is_flash_attn_2_available()
-    if attention == "flash_attention_2" and not has_flash:
-        needed = "a GPU and the package flash-attn"
-        fail(f"--attention {attention} needs {needed}: use --attention auto")
     if attention not in ("sdpa", "eager") and can_pack(model):
         model.set_attn_implementation("packed")
         method = "packed"

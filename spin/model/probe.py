@@ -17,6 +17,7 @@ stretch; a token that barely chooses another expert stands alone."""
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
+from transformers.utils import is_flash_attn_2_available
 
 from loss import sequence_logps, token_logps
 from spin.files import fail
@@ -53,6 +54,11 @@ def probe(model, recipe, world):
     """Refuse, in one line, a model that scores a sequence otherwise in a micro-batch than alone.
     model: whole or sharded; all ranks take part, with the same tokens."""
     refuse_moving_angles(model.config, recipe.max_length)
+    dtype = compute_dtype(recipe.dtype, world.device)
+    has_flash = dtype is torch.bfloat16 and is_flash_attn_2_available()  # asks for a GPU too
+    if recipe.attention == "flash_attention_2" and not has_flash:
+        needed = "a GPU, bf16 and the package flash-attn"
+        fail(f"--attention flash_attention_2 needs {needed}: use --attention auto")
     before, long, behind, other = random_sequences(model.config, recipe.max_length)
     with packed(model, recipe.attention) as method:
         row = [before, long, behind]
@@ -64,7 +70,7 @@ def probe(model, recipe, world):
         together = logps_together(model, row, prompt, world.device)
         beside_other = logps_together(model, [before, other, *row[2:]], prompt, world.device)
     alone = [logps_alone(model, ids, world.device) for ids in row]
-    eps = torch.finfo(compute_dtype(recipe.dtype, world.device)).eps
+    eps = torch.finfo(dtype).eps
     moved = logps_alone(model, before, world.device, eps)
     if method == "padded" and world.rank == 0:
         print(f"{name_of(model)}: padded batches, which need more time and memory than packed rows")
