@@ -16,9 +16,9 @@ from spin.data.rows import Unusable
 from spin.data.text import PLAIN, Codec, decode, encode, load_codec, render_messages
 from spin.files import check_out, fail, io_errors_in_one_line, read_jsonl, write_jsonl
 from spin.model.weights import load_frozen
-from spin.recipe import parse
+from spin.recipe import STREAM, parse
 from spin.run.ranks import gather, process_group
-from spin.sampling.engines import STREAM, sample, uniforms
+from spin.sampling.engines import sample, uniforms
 
 # FastChat's temperatures by category, and its 0.7 for the others
 TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)

@@ -154,6 +154,16 @@ RECIPES = {
 }
 
 
+# Every draw of a run has a key of its own. generate.py's is (seed, t, prompt id). The keys of the
+# others end with a number that keeps their random numbers apart from generate.py's.
+STREAM = {
+    "evaluate": 1,  # (seed, t, prompt id, 1): the answers to held-out prompts
+    "batches": 2,  # (seed, t, epoch, 2): the order of the pairs
+    "selection": 3,  # (seed, 0, 0, 3): which rows of the SFT set
+    "mt_bench": 4,  # (seed, turn, question, 4): the answers to MT-Bench
+}
+
+
 def fixed_knobs(recipe: Recipe) -> dict:
     """The knobs that may not change within a run, as JSON gives them back."""
     names = [f.name for f in dataclasses.fields(recipe) if not f.metadata["may_change"]]

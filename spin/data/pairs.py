@@ -9,7 +9,7 @@ from spin.data.rows import Unusable
 from spin.data.text import Codec, encode
 from spin.files import fail
 from spin.model.packing import pack
-from spin.sampling.engines import STREAM
+from spin.recipe import STREAM
 
 
 def encode_pairs(rows, codec: Codec, recipe) -> list[dict]:

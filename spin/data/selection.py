@@ -9,7 +9,7 @@ import numpy as np
 from spin.data.rows import SHAPES, TEXTS, Unusable, check_ids, read_rows, to_pair
 from spin.data.text import holds_special, parses_specials, split_ids
 from spin.files import fail
-from spin.sampling.engines import STREAM
+from spin.recipe import STREAM
 
 
 def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], dict]:

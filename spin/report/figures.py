@@ -17,10 +17,11 @@ from spin.data.text import Codec, decode, encode, load_codec
 from spin.model.packing import pack, packed
 from spin.model.probe import probe
 from spin.model.weights import load_frozen
+from spin.recipe import STREAM
 from spin.report.summary import COLUMNS
 from spin.run.folders import SHOWN
 from spin.run.ranks import sum_over_ranks
-from spin.sampling.engines import STREAM, sample, uniforms
+from spin.sampling.engines import sample, uniforms
 
 
 def read_held_out(model_name: str, recipe) -> tuple[Codec, list[dict], dict]:

@@ -19,15 +19,6 @@ from transformers import GenerationConfig, LogitsProcessorList
 from spin.files import fail
 from spin.sampling.slots import decode_in_slots, keeps_every_key, pick_token
 
-# Every draw of a run has a key of its own. generate.py's is (seed, t, prompt id). The keys of the
-# others end with a number that keeps their random numbers apart from generate.py's.
-STREAM = {
-    "evaluate": 1,  # (seed, t, prompt id, 1): the answers to held-out prompts
-    "batches": 2,  # (seed, t, epoch, 2): the order of the pairs
-    "selection": 3,  # (seed, 0, 0, 3): which rows of the SFT set
-    "mt_bench": 4,  # (seed, turn, question, 4): the answers to MT-Bench
-}
-
 
 def uniforms(*key: int, number: int) -> np.ndarray:
     """`number` uniform numbers in [0, 1), float64, of this key alone."""
