@@ -13,7 +13,10 @@ Harness's own tasks: writes benchmarks.json.
 Two models on the same prompts: spin/compare.py. Answers for MT-Bench: spin/mt_bench.py.
 docs/evaluation.md explains the keys of eval.json."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH would leave it out
 
 from spin import checks
 from spin.bench import harness
@@ -21,10 +24,11 @@ from spin.data.selection import counts_line
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl
 from spin.model.probe import refuse_what_cannot_be_trained
 from spin.recipe import parse
+from spin.report import trouble
 from spin.report.figures import figures_by_prompt, read_held_out
 from spin.report.summary import COLUMNS, summarise
 from spin.run.folders import hash_of_source, iteration_folder, made_by, save_recipe, starting_model
-from spin.run.ranks import process_group
+from spin.run.ranks import process_group, run_lock
 
 FLAGS = (
     ("--iter", {"type": int, "help": "evaluate what iteration t made"}),
@@ -38,8 +42,15 @@ FLAGS = (
 @io_errors_in_one_line()
 def main(argv=None):
     recipe, args = parse(argv, __doc__, *FLAGS)
-    policy, opponent, out = whom_to_evaluate(recipe, args)
     of_a_run = args.iter is not None or args.theta0
+    join = run_lock if args.tasks else process_group  # lm_eval joins the ranks itself
+    with join(args.run if of_a_run else None) as world:
+        evaluate(recipe, args, of_a_run, world)
+
+
+def evaluate(recipe, args, of_a_run: bool, world):
+    """Evaluate what the flags name. of_a_run: it is a run's; world: None with --tasks."""
+    policy, opponent, out = whom_to_evaluate(recipe, args)
     asked = {"tasks": args.tasks, "limit": args.limit}
     asked |= {} if args.tasks else {"eval_data": hash_of_source(recipe.eval_data)}
     made_from = made_by(recipe, policy, opponent, asked)
@@ -60,13 +71,15 @@ def main(argv=None):
     if of_a_run:  # all its iterations are measured on the same prompts
         prompts = checks.same_prompts(args.run / "heldout.json", pairs, recipe.eval_data)
 
-    with process_group() as world:
-        if world.rank == 0:
-            print(f"evaluates {policy} on {len(pairs)} held-out prompts ({counts_line(left_out)})")
-        t = args.iter or 0  # of the game's λ and random numbers
-        table, shown = figures_by_prompt(policy, opponent, codec, pairs, recipe, t, world)
-        if world.rank > 0:
-            return
+    if world.rank == 0:
+        print(f"evaluates {policy} on {len(pairs)} held-out prompts ({counts_line(left_out)})")
+        if of_a_run:
+            answered = iteration_folder(args.run, args.iter or 0) / "generated.jsonl"
+            trouble.warn(trouble.not_held_out(pairs, answered))
+    t = args.iter or 0  # of the game's λ and random numbers
+    table, shown = figures_by_prompt(policy, opponent, codec, pairs, recipe, t, world)
+    if world.rank > 0:
+        return
 
     result = summarise(table, has_opponent=bool(opponent))
     means = {k: v for k, v in result.items() if v is not None and not k.endswith("_stderr")}

@@ -16,6 +16,9 @@ ranks and restarts; spin/sampling/engines.py says what may differ elsewhere.
 """
 
 import shutil
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH would leave it out
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +29,8 @@ from spin.data.selection import counts_line, select
 from spin.data.text import decode, load_codec
 from spin.files import fail, io_errors_in_one_line, read_jsonl, write_json, write_jsonl
 from spin.model.probe import probe, refuse_what_cannot_be_trained
-from spin.model.weights import load_frozen
+from spin.model.sampling_probe import probe_sampling
+from spin.model.weights import load_frozen, parts_not_kept
 from spin.recipe import ITER, parse
 from spin.report import trouble
 from spin.run.folders import (
@@ -44,31 +48,33 @@ from spin.sampling.engines import sample, uniforms
 def main(argv=None):
     recipe, args = parse(argv, __doc__, ITER)
     run, t = args.run, args.iter
-    checks.before_generating(recipe, run, t)
-    out = iteration_folder(run, t) / "generated.jsonl"
-    parts_folder = out.with_name("generated.part")
-    if out.exists():
-        shutil.rmtree(parts_folder, ignore_errors=True)  # left if killed after the merge
-        return print(f"{out} is there already: nothing to do")
-    theta_t = starting_model(recipe, run, t)
-    codec = load_codec(theta_t, recipe)
-    refuse_what_cannot_be_trained(theta_t, recipe)
-    rows = read_rows(recipe.data, recipe.split)
-    pairs, left_out = select(rows, recipe.data, codec, recipe, recipe.num_prompts)
-    prompts = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
-    made_from = {"theta": fingerprint(theta_t, recipe.revision), "rows": len(pairs)}
-    checks.same_chunks(parts_folder, made_from)
-    # fixed chunks, the longest prompts first: a memory failure comes at once
-    pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))
-    chunks = [pairs[i : i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
-    parts = [parts_folder / f"{k:06}.jsonl" for k in range(len(chunks))]
+    with process_group(run) as world:
+        checks.before_generating(recipe, run, t)
+        out = iteration_folder(run, t) / "generated.jsonl"
+        parts_folder = out.with_name("generated.part")
+        if out.exists():
+            shutil.rmtree(parts_folder, ignore_errors=True)  # left if killed after the merge
+            return print(f"{out} is there already: nothing to do")
+        theta_t = starting_model(recipe, run, t)
+        codec = load_codec(theta_t, recipe)
+        refuse_what_cannot_be_trained(theta_t, recipe)
+        rows = read_rows(recipe.data, recipe.split)
+        pairs, left_out = select(rows, recipe.data, codec, recipe, recipe.num_prompts)
+        prompts = checks.same_prompts(run / "prompts.json", pairs, recipe.data)
+        made_from = {"theta": fingerprint(theta_t, recipe.revision), "rows": len(pairs)}
+        checks.same_chunks(parts_folder, made_from)
+        # fixed chunks, the longest prompts first: a memory failure comes at once
+        pairs.sort(key=lambda pair: (-len(pair["prompt_ids"]), pair["id"]))
+        chunks = [pairs[i : i + recipe.chunk] for i in range(0, len(pairs), recipe.chunk)]
+        parts = [parts_folder / f"{k:06}.jsonl" for k in range(len(chunks))]
 
-    with process_group() as world:
         model = load_frozen(theta_t, recipe, world)
         # train.py will need this model's log-probabilities: check now that they are right
         probe(model, recipe, world)
+        probe_sampling(model, recipe, world)
         barrier()  # nobody writes before everybody has seen what is missing and has its model
         if world.rank == 0:
+            trouble.warn(parts_not_kept(model, theta_t, recipe))
             print(f"theta_{t} ({theta_t}) answers {len(pairs)} prompts ({counts_line(left_out)})")
             save_recipe(recipe, run)
             write_json(run / "prompts.json", prompts)
@@ -103,7 +109,7 @@ def answer(model, codec, chunk: list[dict], recipe, t: int) -> list[dict]:
     answers = sample(
         model,
         [pair["prompt_ids"] for pair in chunk],
-        codec.eot_id,
+        codec.end_ids,
         recipe.max_new_tokens,
         np.stack(uniform),
         recipe.temperature,

@@ -7,6 +7,7 @@
 #
 # Several nodes: start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, and --run
 # on a shared disk.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # it was started by another shell
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # sets python, run, iterations, baseline and flags, and defines the function `stage`

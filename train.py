@@ -22,6 +22,8 @@ import shutil
 import sys
 import time
 
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH would leave it out
+
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.optim import RMSprop
@@ -49,6 +51,7 @@ from spin.model.weights import (
     compute_dtype,
     export,
     load_empty,
+    parts_not_kept,
     read_weights,
 )
 from spin.recipe import ITER, fixed_knobs, parse
@@ -79,21 +82,23 @@ PAIRS = ("--pairs", {"nargs": "+", "default": [], "help": "train on these, not t
 def main(argv=None):
     recipe, args = parse(argv, __doc__, ITER, PAIRS)
     run, t = args.run, args.iter
-    foreign = [hash_of_source(source) for source in args.pairs]
-    checks.before_training(recipe, run, t, foreign)
-    out = iteration_folder(run, t, recipe.objective)
-    if (out / "model").is_dir():
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)  # left if killed after the export
-        return print(f"{out / 'model'} is there already: nothing to do")
-    theta_t = starting_model(recipe, run, t, recipe.objective)
-    codec = load_codec(theta_t, recipe)
-    pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
+    with process_group(run) as world:
+        foreign = [hash_of_source(source) for source in args.pairs]
+        checks.before_training(recipe, run, t, foreign)
+        out = iteration_folder(run, t, recipe.objective)
+        if (out / "model").is_dir():
+            shutil.rmtree(out / "checkpoint", ignore_errors=True)  # left if killed after the export
+            return print(f"{out / 'model'} is there already: nothing to do")
+        theta_t = starting_model(recipe, run, t, recipe.objective)
+        codec = load_codec(theta_t, recipe)
+        pairs = encode_pairs(rows_to_train_on(recipe, args, codec), codec, recipe)
 
-    with process_group() as world:
         facts = {"theta": fingerprint(theta_t, recipe.revision), "pairs": hash_of_pairs(pairs)}
         iteration = Iteration(t, out, {**facts, "recipe": fixed_knobs(recipe)})
         checkpoint.refuse_foreign(iteration)
         model = load_empty(theta_t, recipe)
+        if world.rank == 0:
+            trouble.warn(parts_not_kept(model, theta_t, recipe))
         if recipe.lora_rank:
             dtype = compute_dtype(recipe.dtype, world.device)
             lora.add_adapters(model, theta_t, recipe, t, dtype)
@@ -104,7 +109,7 @@ def main(argv=None):
         # are as large as the rank's part of the model
         optimizer = RMSprop(model.parameters(), lr=0.0, alpha=recipe.alpha, foreach=False)
         barrier()  # nobody writes before everybody has its model
-        with packed(model, recipe.attention) as method:
+        with packed(model, recipe.attention, world.device) as method:
             if method == "packed":  # only our own attention can share a prompt
                 share_prompts(pairs)
             if world.rank == 0:

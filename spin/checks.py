@@ -7,7 +7,6 @@ run_iterations.sh asks, before the first stage:
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -75,11 +74,8 @@ def before_evaluating(recipe: Recipe, run: Path, t: int | None):
 
 
 def run_directory(recipe: Recipe, run: Path):
-    """Refuse a run directory that cannot be written to, or that holds a run of another recipe, of
-    another θ_0, or of another version of this code."""
-    there = next(folder for folder in (run, *run.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        fail(f"--run {run}: {there} is no directory that can be written to")
+    """Refuse a run directory that holds a run of another recipe, of another θ_0, or of another
+    version of this code."""
     path = run / "recipe.json"
     if not path.exists():
         return
@@ -129,6 +125,9 @@ def model_folder(name: str) -> str:
     that were cut off."""
     name = locate(name)
     folder = Path(name)
+    if any(folder.glob("adapter_*")):
+        mend = "merge it into its model (peft's merge_and_unload), or move the files adapter_* away"
+        fail(f"{name} holds an adapter, and --model wants whole weights: {mend}")
     if folder.exists() and not (folder / "config.json").is_file():
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):

@@ -29,7 +29,8 @@ def main(argv=None):
         fail(f"{args.A} and {args.B} cannot be compared: {problem}")
     print(f"A {args.A}\nB {args.B}\n{len(a)} held-out prompts")
     for name, row in found.items():
-        difference = f"{row['difference']:+.4f} (standard error {row['error']:.4f})"
+        error = f"{row['error']:.4f}" if row["error"] is not None else "none: too few prompts"
+        difference = f"{row['difference']:+.4f} (standard error {error})"
         print(f"{name:22}A {row['A']:.4f}   B {row['B']:.4f}   B − A {difference}")
 
 

@@ -3,6 +3,7 @@ And how a stage ends when something is wrong: one line that begins with `error:`
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import signal
@@ -36,11 +37,29 @@ def fail_for_io(problem: Exception):
 
 @contextlib.contextmanager
 def io_errors_in_one_line():
-    """Around a stage's main: an OSError ends it in one line."""
+    """Around a command's main: an OSError ends it in one line. A character that a terminal cannot
+    show is replaced."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    refuse_half_a_launch()
     try:
         yield
     except OSError as problem:
         fail_for_io(problem)
+
+
+def refuse_half_a_launch():
+    """Refuse torchrun's variables in part, or at odds: torch would wait for hours for the
+    others."""
+    defaults = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "MASTER_PORT": ""}
+    defaults["LOCAL_WORLD_SIZE"] = "1"
+    rank, size, local, port, _ = numbers = [os.environ.get(*item) for item in defaults.items()]
+    fits = os.environ.get("MASTER_ADDR") and all(map(str.isdecimal, numbers))
+    here = [name for name in list(defaults)[:3] if name in os.environ]
+    if here and not (fits and int(local) <= int(rank) < int(size) and 0 < int(port) < 2**16):
+        os.environ["RANK"] = "0"  # the line need not wait for another rank's
+        wanted = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not fit together"
+        fail(f"{wanted}: start several ranks by torchrun, or one after unset {' '.join(here)}")
 
 
 def write_whole(path: Path, text: str):

@@ -9,12 +9,14 @@ row answers one question: question_id, answer_id, model_id, choices (a text for 
 
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from spin import checks
 from spin.data.rows import Unusable
 from spin.data.text import PLAIN, Codec, decode, encode, load_codec, render_messages
 from spin.files import check_out, fail, io_errors_in_one_line, read_jsonl, write_jsonl
+from spin.model.sampling_probe import probe_sampling
 from spin.model.weights import load_frozen
 from spin.recipe import STREAM, parse
 from spin.run.ranks import gather, process_group
@@ -41,10 +43,13 @@ def main(argv=None):
     codec = load_codec(policy, recipe)
     with process_group() as world:
         model = load_frozen(policy, recipe, world)
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+        alone = replace(recipe, max_length=room or recipe.max_length, slots=1)
+        probe_sampling(model, alone, world)
         rows = {}
         for k in range(world.rank, len(questions), world.size):
             row = {"question_id": questions[k]["question_id"], "answer_id": uuid.uuid4().hex}
-            turns = answer(model, codec, questions[k], k, recipe)
+            turns = answer(model, codec, questions[k], k, recipe, room)
             row |= {"model_id": args.out.stem, "choices": [{"index": 0, "turns": turns}]}
             rows[k] = {**row, "tstamp": time.time()}
         rows = {k: row for part in gather(rows, world) for k, row in part.items()}
@@ -68,12 +73,12 @@ def read_questions(path: Path) -> list[dict]:
     return questions
 
 
-def answer(model, codec: Codec, question: dict, k: int, recipe) -> list[str]:
+def answer(model, codec: Codec, question: dict, k: int, recipe, room: int) -> list[str]:
     """The answers to question k, turn by turn; each turn sees those before it. The chat template
-    renders the conversation as one. Other templates know one round: rounds follow one another."""
+    renders the conversation as one. Other templates know one round: rounds follow one another.
+    room: the model's positions, 0 where it has no limit."""
     temperature = TEMPERATURE.get(question.get("category"), 0.7)
     most = recipe.max_new_tokens
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     messages, answers = [], []
     ids = list(codec.bos_ids)  # of the conversation so far
     for turn, text in enumerate(question["turns"]):
@@ -90,7 +95,7 @@ def answer(model, codec: Codec, question: dict, k: int, recipe) -> list[str]:
             needs = f"a conversation may need {len(ids) + most} positions with its next answer"
             fail(f"{needs}, the model has {room}: lower --max-new-tokens")
         uniform = uniforms(recipe.seed, turn, k, STREAM["mt_bench"], number=most)[None]
-        (reply, _), *_ = sample(model, [ids], codec.eot_id, most, uniform, temperature)
+        (reply, _), *_ = sample(model, [ids], codec.end_ids, most, uniform, temperature)
         ids = ids + reply
         answers.append(decode(codec, reply))
         messages.append({"role": "assistant", "content": answers[-1]})

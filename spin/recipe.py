@@ -221,6 +221,8 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
     asked = parser.parse_args(argv)
     args = parser.parse_args([*RECIPES[asked.recipe].split(), *argv])
     args.run = args.run or Path("runs") / args.recipe
+    if re.search(r"[\x00-\x1f]", str(args.run)):
+        fail(f"--run {str(args.run)!r} must not hold a tab, a line break or their like")
     given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
     if "model" in given:
         given.setdefault("revision", "")  # a user's own model must not get the recipe's revision

@@ -6,7 +6,7 @@ ends it, what is trimmed, what is refused. Tokenizers are trained here, in milli
 import datetime
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import (
     AddedToken,
@@ -110,14 +110,6 @@ FAMILIES = {
         plain=THINK,
         merges=True,
     ),
-    "qwen3-thinking, sentence pieces": Family(
-        EACH + QWEN3_TURN + DONE + ASKED + "<|im_start|>assistant\n<think>\n" + END,
-        **CHATML_TOKENS,
-        lead="\n</think>\n\n",
-        plain=THINK,
-        spm=True,
-        merges=True,
-    ),
     "deepseek-r1": Family(
         "{{ bos_token }}"
         + (EACH + "{% if m.role == 'assistant' %}<|Assistant|>{{ " + AFTER_THOUGHT + " }}<|eos|>")
@@ -209,13 +201,6 @@ FAMILIES = {
         + (ASKED + "ASSISTANT: " + END),
         ("</s>",),
         "</s>",
-        merges=True,
-    ),
-    "two line breaks, cut as GPT-2 does": Family(
-        EACH + "{{ m.role }}:\n\n{{ m.content }}</s>" + DONE + ASKED + "assistant:\n\n" + END,
-        ("</s>",),
-        "</s>",
-        gpt2=True,
         merges=True,
     ),
     "command-r": Family(
@@ -322,29 +307,9 @@ FAMILIES = {
         plain=("[user]", "[assistant]", "[system]", "[end]"),
         merges=True,
     ),
-    "writes no end": Family(
-        EACH + "{{ m.role }}: {{ m.content }}\n" + DONE + ASKED + "assistant:" + END,
-        ("<eos>",),
-        eos="<eos>",
-        refusal="no special token behind an answer",
-    ),
-    "begins as it ends": Family(
-        EACH + "{{ m.content if m.role != 'assistant' else '<x>' + m.content + '<x>' }}\n" + DONE,
-        ("<x>",),
-        eos="<x>",
-        refusal="begins an answer with the token that ends it",
-    ),
-    "refuses every conversation": Family(
-        "{{ raise_exception('tools first') }}", ("<x>",), eos="<x>", refusal="tools first"
-    ),
-    "shouts": Family(
-        EACH + "{{ m.content | upper }}<x>" + DONE,
-        ("<x>",),
-        eos="<x>",
-        refusal="does not begin as the one that asks",
-    ),
     "is no jinja": Family(EACH + "{{ m.content }}", ("<x>",), eos="<x>", refusal="refuses a conv"),
 }
+FAMILIES["qwen3-thinking, sentence pieces"] = replace(FAMILIES["qwen3-thinking"], spm=True)
 USABLE = [name for name, family in FAMILIES.items() if not family.refusal]
 REFUSED = [name for name, family in FAMILIES.items() if family.refusal]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # what a GPU must show: benchmarks/gpu_check.py
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers would warn of as_in_a_shell's fork
 
@@ -30,6 +31,7 @@ import train
 torch.set_num_threads(1)
 REPO = Path(__file__).resolve().parent.parent
 THETA0 = REPO / "demo" / "theta0"
+sys.path += [str(REPO / "benchmarks"), str(REPO / "demo")]  # behind our own generate.py
 MICRO = shlex.split(
     "--recipe demo --num-prompts 40 --eval-prompts 12 --batch-size 12 --micro-tokens 200"
     " --chunk 16 --checkpoint-every 2 --no-sft-baseline --lam 5 4 --lr 3e-5 2e-5"
@@ -98,6 +100,9 @@ def fork(call, shown: Path, **environment) -> int:
         code = 0
     except SystemExit as stop:
         code = stop.code
+        if isinstance(code, str):  # Python prints it, and ends with 1
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
     finally:

@@ -2,9 +2,7 @@
 loads no weights.
 
 A case is a function that lays out its files in a fresh directory and returns the command: (stage,
-run directory, flags). Inputs that look bad and are not (BOM, CRLF, mixed shapes, …) are below, with
-the result that they must give.
-"""
+run directory, flags). Inputs that look bad and are not are below, and in test_sets.py."""
 
 import hashlib
 import io
@@ -21,17 +19,10 @@ import warnings
 import datasets
 import pytest
 import torch
-from conftest import MICRO, REPO, THETA0, as_in_a_shell, on_ranks, stage
-from families import tiny
+from conftest import MICRO, REPO, THETA0, as_in_a_shell, stage
+from families import LONGROPE, SMALL, tiny
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
-    RobertaPreLayerNormConfig,
-    RobertaPreLayerNormForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from spin.files import fail, read_jsonl, write_jsonl
 
@@ -308,6 +299,10 @@ GOOD = b'{"prompt": "Spell tin", "response": "t-i-n"}\n'
 LONG = b'{"prompt": "' + b"tin " * 12_500_000 + b'", "response": "y"}'
 # what a row or a file may lack is in test_sets.py; here, that a stage ends with it in one line
 DATA = {
+    **{
+        f"--run {name!r}": (command("generate", "--iter", 0, "--run", name), "must not hold a tab")
+        for name in ("a\tb", "a\nb", "a\r")
+    },
     "--eval-data of nothing": (
         command("evaluate", "--theta0", "--eval-data", "no/such.jsonl"),
         "no data at no/such.jsonl",
@@ -323,10 +318,6 @@ DATA = {
     "Latin-1": (data(GOOD + '{"prompt": "é", "response": "b"}\n'.encode("latin-1")), "line 2"),
     "a line of NUL bytes, as a power cut leaves": (data(GOOD + b"\x00" * 4096), "line 2"),
     "a prompt of 50 MB and no other": (data(LONG), "prompt too long: 1"),
-    "no usable row": (
-        data([{"prompt": "a", "response": ""}, {"prompt": " ", "response": "b"}]),
-        "empty prompt or response: 2",
-    ),
     "messages without a role": (data([{"messages": [{"content": "a"}]}]), "a turn by 'None'"),
     "pairs without an answer of the opponent": (
         command("train", "--iter", "0", "--pairs", "demo/heldout.jsonl"),
@@ -338,26 +329,15 @@ DATA = {
 BERT = config(model_type="bert", architectures=["BertForMaskedLM"])
 MINE = config(model_type="mine", auto_map={"AutoConfig": "mine.Config"})
 SAFETENSORS = "model.safetensors"
-SMALL = {"vocab_size": 88, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-MOVING = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 8,
-    "long_factor": [4.0] * 8,
-    "original_max_position_embeddings": 32,
-}
-
-
-def openai_gpt():
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=88, **sizes))
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+MOVING = {**LONGROPE, **FACTORS, "original_max_position_embeddings": 32}
 
 
 def roberta():
     """Its positions begin at pad_token_id + 1, unless they are given."""
-    sizes = {**SMALL, "num_attention_heads": 2, "max_position_embeddings": 80}
-    config = RobertaPreLayerNormConfig(**sizes, is_decoder=True)
-    model = RobertaPreLayerNormForCausalLM(config)
+    sizes = {**SMALL, "max_position_embeddings": 80, "is_decoder": True, "pad_token_id": 1}
+    config = AutoConfig.for_model("roberta-prelayernorm", **sizes)
+    model = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight)
     torch.nn.init.normal_(model.base_model.embeddings.position_embeddings.weight)
     return model
@@ -374,6 +354,19 @@ def other_model(name, *flags):
     return lay_out
 
 
+QUANTISED = {
+    "MXFP4": {"quantization_config": {"quant_method": "mxfp4"}},
+    "bitsandbytes, of old": {"quantization_config": {"load_in_4bit": True}},
+    "GPTQ in a text_config": {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
+    "compressed-tensors, of old": {"compression_config": {"format": "pack-quantized"}},
+}
+
+
+def adapter_alone(folder):
+    (folder / "config.json").unlink()
+    (folder / SAFETENSORS).rename(folder / "adapter_model.safetensors")
+
+
 CHANGED_MODELS = {
     "no config.json": (remove("config.json"), "config.json"),
     "half a config.json": (cut("config.json", 40), "cannot load the tokenizer and config"),
@@ -384,29 +377,26 @@ CHANGED_MODELS = {
     "weights of 50 bytes of nothing": (write(SAFETENSORS, "x" * 50), "deserializing header"),
     "weights that were cut off": (cut(SAFETENSORS), "model.safetensors is damaged"),
     "a weight missing": (weights(lambda w: w.pop(UP)), "missing keys", "train"),
-    "a weight too many": (
-        weights(lambda w: w.update({UP + "2": w[UP].clone()})),
-        "unexpected keys",
-        "train",
-    ),
+    "a weight too many": (weights(lambda w: w.update({"x": w[UP].clone()})), "unexpected keys"),
     "a weight of another shape": (
         weights(lambda w: w.update({UP: w[UP][:-1].clone()})),
         "mismatched keys",
-        "train",
     ),
     "a weight that is NaN": (weights(lambda w: w[UP].fill_(float("nan"))), "NaN or infinity"),
     "rotary angles that move": (
         config(rope_parameters=MOVING),
         "beyond 32 positions this model's rotary angles (longrope) change",
     ),
-    "blocks without a name": (
-        lambda folder: openai_gpt().save_pretrained(folder),
-        "OpenAIGPTLMHeadModel does not name its blocks",
-    ),
     "a model that counts positions from another number": (
         lambda folder: roberta().save_pretrained(folder),
         "cannot keep sequences apart: one differs from the same sequence alone",
     ),
+    **{
+        f"weights quantised by {name}": (config(**fields), "are quantised, by its config.json")
+        for name, fields in QUANTISED.items()
+    },
+    "an adapter beside its weights": (write("adapter_config.json", "{}"), "holds an adapter"),
+    "an adapter alone": (adapter_alone, "holds an adapter"),
     "an EOS beyond the model's vocabulary": (eos_beyond, "ends an answer by token 5000, its model"),
     "half a tokenizer": (cut("tokenizer.json", 100), "cannot load the tokenizer"),
     "a tokenizer without EOS": (tokenizer_config(), "no EOS"),
@@ -416,6 +406,7 @@ MODELS = {
     name: (model(change, *stage_name), word)
     for name, (change, word, *stage_name) in CHANGED_MODELS.items()
 } | {
+    "blocks without a name": (other_model("OpenAI GPT"), "OpenAIGPTLMHeadModel does not name its"),
     "an attention that the model lacks": (
         other_model("Gemma 2", "--attention", "sdpa"),
         "Gemma2ForCausalLM does not support an attention implementation",
@@ -469,18 +460,11 @@ TEMPLATES = {
 RUNS = {
     "of another recipe": (
         run(nothing, "generate", 2, "--lam", "3", "--seed", "7"),
-        "seed: 0 there, 7 asked; lam: ",
+        "seed: 0 there, 7 asked; lam: [5.0, 4.0] there, [3.0] asked)",
     ),
-    "of another theta_0": (
-        run(nothing, "generate", 2, "--model", THETA0),
-        "model: 'demo/theta0' there",
-    ),
+    "of another theta_0": (run(nothing, "generate", 2, "--model", THETA0), "model: 'demo/theta0'"),
     "of another theta_0 in the same place": (
         swapped(weights(lambda w: w["model.norm.weight"][:1].add_(1e-6))),
-        "is not the model that",
-    ),
-    "of a theta_0 that got a chat template": (
-        swapped(write("chat_template.jinja", TURNS)),
         "is not the model that",
     ),
     "of a theta_0 whose weights were cut off": (swapped(cut(SAFETENSORS, 2**17)), "restore it"),
@@ -496,29 +480,14 @@ RUNS = {
         untrained(edit_rows(lambda rows: rows.pop(), "iter1/generated.jsonl")),
         "iter1/generated.jsonl has 39 of 40 rows, so it was cut off",
     ),
-    "weights of an iteration cut off": (
-        run(cut("iter0/model/model.safetensors"), "evaluate"),
-        "model.safetensors is damaged (",
-    ),
-    "answers of another model": (
-        untrained(another_theta_1),
-        "iter1 was made from another model than",
-    ),
-    "answers of another model that are there": (
-        run(another_theta_1, "generate"),
-        "iter1 was made from another model than",
-    ),
+    "weights of theta_1 cut off": (run(cut(f"iter0/model/{SAFETENSORS}"), "evaluate"), "damaged ("),
+    "answers of another model": (untrained(another_theta_1), "iter1 was made from another model"),
+    "answers of another": (run(another_theta_1, "generate"), "iter1 was made from another model"),
     "chunks of another model": (chunks_of_another_model, "generated.part holds answers of another"),
-    "figures of another model": (
-        run(another_theta_1, "evaluate", 0),
-        "eval.json is there already, made with another model",
-    ),
+    "figures of another": (run(another_theta_1, "evaluate", 0), "there already, made with another"),
     "other held-out prompts": (run(other_held_out, "evaluate"), "not those of"),
     "half an eval.json": (run(cut("iter1/eval.json", 9), "evaluate"), "eval.json is damaged ("),
-    "opponent.jsonl cut off before training": (
-        untrained(cut("iter1/opponent.jsonl", 9)),
-        "line 80: ",
-    ),
+    "opponent.jsonl cut off": (untrained(cut("iter1/opponent.jsonl", 9)), "line 80: "),
 }
 
 # rows of iteration 1's generated.jsonl that cannot be this run's
@@ -539,7 +508,7 @@ PAIRS = {
     "an iteration of another SFT set": (
         untrained(edit_rows(set_in(5, prompt="?"), "iter0/generated.jsonl")),
         "not those of",
-    ),
+    )
 }
 
 TABLE = KNOBS | DATA | MODELS | TEMPLATES | RUNS | PAIRS
@@ -569,7 +538,7 @@ LISTED = listed_messages()
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_bad_input_is_one_line_with_exit_code_2_and_changes_nothing(
+def test_bad_input_is_a_line_and_changes_nothing(
     name, tmp_path, tmp_path_factory, played, monkeypatch
 ):
     lay_out, word = TABLE[name]
@@ -602,30 +571,6 @@ def test_control_words_of_libraries_before_the_line_are_seen(say, tmp_path):
     assert code == 2 and "newly initialized" in err and err.endswith("error: no\n")
 
 
-# ---- what looks bad and is not -------------------------------------------------------------------
-
-MIXED = [
-    {"prompt": "Spell tin", "response": "t-i-n"},
-    {"prompt": "Spell kola", "completion": "k-o-l-a"},
-    {
-        "messages": [
-            {"role": "user", "content": "Spell bel"},
-            {"role": "assistant", "content": "b-e-l"},
-            {"role": "user", "content": "Spell tin"},
-        ]
-    },
-    {"instruction": "Spell amu", "input": "", "output": "a-m-u"},
-    {"id": "x", "iter": 7, "prompt": "Spell rodak", "real": "r-o-d-a-k", "generated": "y"},
-]
-DOUBLE = [{**row, "id": 1, "x": None} for row in ROWS]
-FINE = {
-    "BOM, CRLF, blank lines and no last newline": "\ufeff" + PLAIN.replace("\n", "\r\n\n")[:-3],
-    "mixed shapes, one with ids of its own": "".join(json.dumps(row) + "\n" for row in MIXED),
-    "escapes": PLAIN.replace("S", "\\u0053"),
-    "duplicate ids and other fields": "".join(json.dumps(row) + "\n" for row in DOUBLE),
-}
-
-
 def answers(folder, text, *flags):
     """The rows that generate.py writes for an SFT set of this text."""
     (folder / "set.jsonl").write_bytes(text.encode())
@@ -635,23 +580,13 @@ def answers(folder, text, *flags):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """The answers to PLAIN, which the odd forms of the same rows must get too."""
+    """The answers to PLAIN. Odd forms of the same rows: test_sets.py."""
     return answers(tmp_path_factory.mktemp("clean"), PLAIN)
 
 
-@pytest.mark.parametrize("form", FINE)
-def test_odd_forms_of_good_data_give_the_answers_of_the_plain_form(form, clean, tmp_path):
-    assert answers(tmp_path, FINE[form]) == clean
-
-
-def test_control_other_rows_give_other_answers(clean, tmp_path):
-    assert answers(tmp_path, PLAIN.replace("Spell", "Twice")) != clean
-
-
-def test_nul_characters_that_are_escaped_and_other_braces_in_a_template_are_text(tmp_path):
-    text = PLAIN.replace("Spell", "Spell\\u0000{0}")
-    rows = answers(tmp_path, text, "--template", "{x} {{y}} {prompt} %s:")
-    assert len(rows) == 5 and all(row["prompt"].startswith("Spell\0{0} ") for row in rows)
+def test_other_braces_in_a_template_are_text(tmp_path):
+    rows = answers(tmp_path, PLAIN, "--template", "{x} {{y}} {prompt} %s:")
+    assert len(rows) == 5
 
 
 def writes_no_bos(folder):
@@ -668,9 +603,7 @@ def writes_no_bos(folder):
     ],
     ids=["no pad", "no name for the BOS", "no BOS"],
 )
-def test_a_tokenizer_without_pad_gives_the_same_answers_and_one_without_bos_is_taken_as_it_is(
-    change, same, clean, tmp_path
-):
+def test_a_tokenizer_without_pad_or_bos_is_taken_as_it_is(change, same, clean, tmp_path):
     shutil.copytree(THETA0, tmp_path / "model")
     change(tmp_path / "model")
     rows = answers(tmp_path, PLAIN, "--model", tmp_path / "model")
@@ -678,9 +611,6 @@ def test_a_tokenizer_without_pad_gives_the_same_answers_and_one_without_bos_is_t
     flags = ["--data", tmp_path / "set.jsonl", "--model", tmp_path / "model"]
     stage("train", tmp_path / "run", "--iter", 0, *flags)
     assert (tmp_path / "run" / "iter0" / "model").is_dir()
-
-
-# ---- as a user starts it -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -712,9 +642,7 @@ def test_every_command_gives_exit_code_2_and_one_line(script, flags, tmp_path, m
         ),
     ],
 )
-def test_code_in_a_models_folder_is_not_run_even_if_somebody_answers_yes(
-    loader, file, entry, tmp_path, monkeypatch
-):
+def test_code_in_a_models_folder_is_not_run(loader, file, entry, tmp_path, monkeypatch):
     folder, seen = tmp_path / "model", tmp_path / "was run"
     shutil.copytree(THETA0, folder)
     edit(file, **entry)(folder)
@@ -727,8 +655,3 @@ def test_code_in_a_models_folder_is_not_run_even_if_somebody_answers_yes(
     assert not seen.exists() and "Traceback" not in err
     as_in_a_shell(lambda: loader.from_pretrained(folder, trust_remote_code=True), tmp_path / "err")
     assert seen.exists()  # the control: the code would run
-
-
-def test_of_several_ranks_rank_0_alone_speaks(tmp_path):
-    code, err = on_ranks(2, lambda: stage("train", tmp_path / "run", "--iter", "3"), tmp_path)
-    assert code == 2 and err.startswith("error: theta_3 is missing") and err.count("\n") == 1

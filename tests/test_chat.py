@@ -4,6 +4,7 @@ import copy
 import datetime
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -106,19 +107,11 @@ def test_the_ids_are_not_those_of_the_answer_alone_with_an_eos_behind_it():
             prompt, rest, _ = expected(name, pair, answer)
             if the_old_way(name, pair, answer) != (prompt, rest):
                 wrong.add(name)
-    kinds = {
-        "text before the answer": {"qwen3", "llama2", "llama2, an older tokenizer", "mistral"},
-        "more than a word before it": {"gpt-oss"},
-        "end of turn is not EOS": {"llama3", "llama3.2", "gemma", "phi3"},
-        "a BOS too many": {"dialogpt", "granite", "tulu", "puts an EOS behind a text", "zephyr"},
-        "others": {
-            "command-a",
-            "no token for a line break",
-            "wants a system message",
-            "knows no generation prompt",
-        },
-    }
-    assert wrong == set().union(*kinds.values())
+    before_it = {"qwen3", "llama2", "llama2, an older tokenizer", "mistral", "gpt-oss"}
+    not_eos = {"llama3", "llama3.2", "gemma", "phi3"}  # ends a turn
+    two_bos = {"dialogpt", "granite", "tulu", "puts an EOS behind a text", "zephyr"}
+    others = {"no token for a line break", "wants a system message", "knows no generation prompt"}
+    assert wrong == before_it | not_eos | two_bos | others | {"command-a"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -139,9 +132,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("name, more, answer, reason", UNUSABLE)
-def test_a_row_that_the_template_refuses_or_alters_is_left_out_and_counted(
-    name, more, answer, reason
-):
+def test_a_row_that_the_template_refuses_or_alters_is_left_out(name, more, answer, reason):
     codec = codec_of(name)
     with pytest.raises(Unusable) as problem:
         split_ids(codec, {"prompt": "Name a fruit.", **more}, answer)
@@ -154,6 +145,23 @@ def test_a_row_that_the_template_refuses_or_alters_is_left_out_and_counted(
     assert [pair["prompt"] for pair in pairs] == ["Name a fruit."]
     (counted,) = [number for what, number in counts.items() if reason in what]
     assert counted == 1
+
+
+SWITCHED = (  # as SmolLM3's: a switch in a message is taken out
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.replace('/no_think', '') }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_row_with_a_switch_that_the_template_takes_out_is_left_out_and_counted():
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
+    tokenizer.chat_template = SWITCHED
+    systems = ["/no_think", "Be kind.\n\n/no_think", "Be kind."]
+    rows = [{"system": system, "prompt": "Which?", "response": "Apple."} for system in systems]
+    recipe, _ = flags.parse(["--template", "chat", "--max-new-tokens", "9"])
+    pairs, counts = select(rows, "rows", make_codec(tokenizer, "chat", date=DAY), recipe, 3)
+    assert [pair["system"] for pair in pairs] == ["Be kind."]
+    assert counts["the chat template drops or changes the system"] == 2
 
 
 # ---- tokens that merge across the boundary -------------------------------------------------------
@@ -191,9 +199,7 @@ def test_the_tokens_behind_a_merged_boundary_are_those_that_follow_the_prompts()
 
 @pytest.mark.parametrize("template", ["paper", "Q: {prompt}\nA:", "{prompt}"])
 @pytest.mark.parametrize("name", USABLE)
-def test_a_plain_template_begins_as_the_tokenizer_begins_a_text_and_nothing_stands_behind(
-    name, template
-):
+def test_a_plain_template_begins_as_the_tokenizer_does_and_nothing_stands_behind(name, template):
     tokenizer = tokenizer_of(name)
     codec = make_codec(tokenizer, template)
     text = "### Instruction: {prompt}\n\n### Response:" if template == "paper" else template
@@ -361,28 +367,87 @@ def save(folder, name: str, chances: dict[str, float], vocabulary: int | None = 
     return [*where, "--template", "chat", "--run", str(folder / "run"), "--date", DAY]
 
 
-def test_sampling_stops_at_the_end_of_turn_and_finish_and_ids_go_by_it(tmp_path):
+def list_ends(folder, tokenizer, listed):
+    """A model's configs name these tokens as its EOS; returns their ids."""
+    ids = tokenizer.convert_tokens_to_ids(listed)
+    for name in ("config.json", "generation_config.json"):
+        path = folder / "model" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ids}))
+    return ids
+
+
+@pytest.mark.parametrize("more", [[], ["<eos>"], ["a"]])
+def test_sampling_stops_at_every_listed_end_and_finish_and_ids_go_by_it(more, tmp_path):
+    """An ordinary token is none: "a" may stand in an answer. Llama's config lists 2 by default."""
     chances = {"<end_of_turn>": 0.1, "<eos>": 0.1, "a": 0.8}
     options = save(tmp_path, "gemma", chances)
+    listed = list_ends(tmp_path, tokenizer_of("gemma"), ["<end_of_turn>", *more])
+    ends = {*listed[:1], *(listed[1:] if more == ["<eos>"] else [])}
     stage("generate", tmp_path / "run", *options, "--iter", 0)
-    codec = codec_of("gemma")
+    codec = codec_of("gemma", listed=listed)
     eos = codec.tokenizer.eos_token_id
     rows = list(read_jsonl(tmp_path / "run" / "iter0" / "generated.jsonl"))
     assert len(rows) == 40
     for row in rows:
         ids = row["generated_ids"]
-        ended = ids[-1] == codec.eot_id
-        assert ids.count(codec.eot_id) == ended == (row["finish"] == "eos")
+        ended = ids[-1] in ends
+        assert sum(i in ends for i in ids) == ended == (row["finish"] == "eos")
         assert len(ids) == 24 or ended
         check_ids(row, "a row", codec)
     assert {row["finish"] for row in rows} == {"eos", "length"}
-    # control: the tokenizer's EOS ends nothing
-    assert any(eos in row["generated_ids"][:-1] for row in rows)
+    # control: the tokenizer's EOS ends nothing if it is not listed
+    assert any(eos in row["generated_ids"][:-1] for row in rows) == (eos not in ends)
+    # human answers have one end, whatever the model lists
+    answer = split_ids(codec, pair_of(None), "Apple.")[1]
+    assert answer[-1] == codec.eot_id == listed[0]
     stage("train", tmp_path / "run", *options, "--iter", 0)
     stage("evaluate", tmp_path / "run", *options, "--theta0")
     figures = json.loads((tmp_path / "run" / "eval.json").read_text())
-    share = 1 - 0.9**24  # of answers of at most 24 tokens that end
+    share = 1 - (1 - 0.1 * len(ends)) ** 24  # of answers of at most 24 tokens that end
     assert abs(figures["eos_rate"] - share) < 4 * math.sqrt(share * (1 - share) / 12)
+
+
+GLM = (
+    "{% for m in messages %}{{ '<|USER|>' if m.role == 'user' else '<|CHATBOT|>\n<t></t>' }}\n"
+    "{{ m.content.strip() }}{{ '\n' if SPACED }}{% endfor %}"
+    "{% if add_generation_prompt %}<|CHATBOT|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("spaced", ["false", "true"])
+def test_where_the_next_roles_token_ends_a_turn_so_does_an_answer(spaced, tmp_path, refused):
+    options = save(tmp_path, "command-r", {"<|USER|>": 0.2, "<|SYSTEM|>": 0.1, "a": 0.7})
+    tokenizer = copy.deepcopy(tokenizer_of("command-r"))
+    tokenizer.chat_template = GLM.replace("SPACED", spaced)
+    tokenizer.save_pretrained(tmp_path / "model")
+    line = refused(lambda: stage("generate", tmp_path / "run", *options, "--iter", 0))
+    assert "nor one that the model lists as EOS" in line  # control
+    listed = list_ends(tmp_path, tokenizer, ["<|end_turn|>", "<|USER|>", "<|SYSTEM|>"])
+    codec = make_codec(tokenizer, "chat", listed=listed)
+    assert codec.end_ids == (listed[1], listed[0], listed[2])
+    for answer in ("Apple.", "Mint, thyme\n\nand sage do "):
+        talk = [*messages_of(pair_of(None), answer), *messages_of(pair_of(None))]
+        whole = tokenizer.apply_chat_template(talk, return_dict=False)
+        first, second = (k for k, i in enumerate(whole) if i == listed[1])
+        ids, rest, _ = split_ids(codec, pair_of(None), answer)
+        assert ids + rest == whole[: second + 1] and first < len(ids)
+        assert decode(codec, rest).strip() == answer.strip()
+    for name in ("generate", "train", "evaluate"):
+        stage(name, tmp_path / "run", *options, "--iter", 0)
+    rows = list(read_jsonl(tmp_path / "run" / "iter0" / "generated.jsonl"))
+    assert {row["generated_ids"][-1] for row in rows if row["finish"] == "eos"} == {*listed[1:]}
+
+
+def test_of_the_tokens_that_follow_every_answer_a_listed_one_ends_it():
+    tokenizer = copy.deepcopy(tokenizer_of("command-r"))
+    own = tokenizer.chat_template
+    closed = tokenizer.convert_tokens_to_ids("<|SYSTEM|>")  # as </answer> would be
+    end = make_codec(tokenizer, "chat").eot_id
+    last = tokenizer.decode([end])
+    tokenizer.chat_template = own.replace(last, "<|SYSTEM|>" + last)
+    tokenizer.eos_token = "<|USER|>"
+    assert make_codec(tokenizer, "chat").eot_id == closed  # control: nothing is listed
+    assert make_codec(tokenizer, "chat", listed=[end]).eot_id == end
 
 
 def larger(name: str, *words: str) -> PreTrainedTokenizerFast:
@@ -393,9 +458,7 @@ def larger(name: str, *words: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("template", ["chat", "paper"])
-def test_tokens_that_the_model_lacks_leave_out_the_rows_that_hold_them_and_no_other(
-    tmp_path, template
-):
+def test_tokens_that_the_model_lacks_leave_out_the_rows_with_them_alone(tmp_path, template):
     options = save(tmp_path, "gemma", {"<end_of_turn>": 0.5, "a": 0.5})
     size = len(tokenizer_of("gemma"))
     larger("gemma", "<image>", "Papaya").save_pretrained(tmp_path / "model")
@@ -428,16 +491,6 @@ def test_an_end_of_turn_that_the_model_lacks_is_refused(tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
-def test_named_templates_without_a_default_are_refused_and_with_one_it_is_taken(refused):
-    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
-    own = tokenizer.chat_template
-    tokenizer.chat_template = {"tool_use": "{{ raise_exception('tools') }}"}
-    assert "chat template" in refused(lambda: make_codec(tokenizer, "chat", date=DAY))
-    tokenizer.chat_template["default"] = own
-    ids = split_ids(make_codec(tokenizer, "chat", date=DAY), pair_of(None), "Apple.")
-    assert ids[:2] == expected("qwen2.5", pair_of(None), "Apple.")[:2]
-
-
 WRONG_ARGUMENTS = [
     ("qwen2.5", "enable_thinking=false", "knows no enable_thinking"),
     ("qwen3, enable_thinking=false", "thinking=false", "knows no thinking"),
@@ -449,6 +502,40 @@ WRONG_ARGUMENTS = [
 def test_an_argument_that_the_template_cannot_take_is_refused(name, argument, word, refused):
     given = {"template_kwargs": [argument], "date": DAY}
     assert word in refused(lambda: make_codec(tokenizer_of(name), "chat", **given))
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_where_a_template_can_switch_off_thinking_the_refusal_names_the_flag(refused):
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
+    tokenizer.chat_template = THINKS
+    line = refused(lambda: make_codec(tokenizer, "chat", date=DAY))
+    argument = re.search(r": add --template-kwargs (\w+=false), or use --template", line)[1]
+    codec = make_codec(tokenizer, "chat", date=DAY, template_kwargs=[argument])
+    assert codec.after_answer == "<|im_end|>\n"
+    # the control: nothing is named that the template does not know
+    tokenizer.chat_template = re.sub("enable_thinking.*_thinking", "1", THINKS)
+    line = refused(lambda: make_codec(tokenizer, "chat", date=DAY))
+    assert "--template-kwargs" not in line and "use --template paper" in line
+
+
+@pytest.mark.parametrize("method", ["convert_tokens_to_string", "get_vocab", "decode", "__call__"])
+def test_a_tokenizer_that_lacks_a_method_is_one_line(method, monkeypatch, refused):
+    """As transformers' own for a tekken.json."""
+
+    def lacks(*args, **keywords):
+        raise NotImplementedError
+
+    recipe = Recipe(model=str(THETA0), max_length=64, max_new_tokens=24)
+    load_codec(str(THETA0), recipe)  # the control
+    monkeypatch.setattr(PreTrainedTokenizerFast, method, lacks)
+    line = refused(lambda: load_codec(str(THETA0), recipe))
+    assert f"cannot load the tokenizer and config of {THETA0}: NotImplementedError" in line
 
 
 @pytest.mark.parametrize("value", ["false", "False"])

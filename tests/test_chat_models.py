@@ -28,23 +28,10 @@ DIALOGUES = [
     ("Today?", "31 January 2026."),
     ("Two fruits?", "Apple, Quince"),
 ]
-TRAINED = [
-    "qwen2.5",
-    "qwen3",
-    "qwen3, enable_thinking=false",
-    "llama2",
-    "mistral",
-    "llama3",
-    "llama3.2",
-    "gemma",
-    "phi3",
-    "zephyr",
-    "command-r",
-    "gpt-oss",
-]
+TRAINED = ["qwen2.5", "qwen3", "llama2", "llama3.2", "gemma", "phi3", "zephyr", "gpt-oss"]
 # of these, an answer alone with the tokenizer's EOS is what the template renders; before Zephyr's
 # prompt stood a BOS too many, which this model does not mind
-AS_BEFORE = {"qwen2.5", "qwen3, enable_thinking=false", "command-r", "zephyr"}
+AS_BEFORE = {"qwen2.5", "zephyr"}
 
 
 @pytest.fixture(autouse=True)
@@ -69,15 +56,9 @@ def trained(name: str, steps: int) -> LlamaForCausalLM:
     """A model that has learnt what stands behind the generation prompts, the end of turn and what
     follows it included."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer_of(name)),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer_of(name)), **sizes))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     texts = renderings(name)
     length = max(len(prompt + rest) for prompt, rest in texts)

@@ -80,6 +80,20 @@ def test_the_error_of_the_nll_is_the_spread_of_the_ratio_over_resampled_prompts(
     assert abs(np.std(naive[1] - naive[0]) / 20 - spread) > 0.1 * spread
 
 
+def test_of_fewer_than_20_prompts_no_standard_error_is_shown_and_no_verdict(tmp_path, capsys):
+    for number, few in ((2, True), (19, True), (20, False)):
+        better = rows_of([0.9] * number, [1.0] * number, [3] * number)
+        worse = rows_of([0.1 + k / 99 for k in range(number)], [2.0] * number, [3] * number)
+        folders = [tmp_path / f"{name}{number}" for name in "ab"]
+        for folder, rows in zip(folders, (worse, better), strict=True):
+            folder.mkdir()
+            write_jsonl(folder / "by_prompt.jsonl", rows)
+        compare.main([*map(str, folders)])
+        line = capsys.readouterr().out.splitlines()[3]
+        assert ("(standard error none: too few prompts)" in line) == few
+        assert (summary.verdict("expected_exact_match", 1, better, worse) is None) == few
+
+
 @pytest.mark.parametrize(
     "other",
     [

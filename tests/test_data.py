@@ -88,3 +88,5 @@ def test_a_special_token_without_a_role_counts_as_special_too(tokenizer):
 def test_a_plain_template_has_the_system_message_before_the_prompt(tokenizer):
     text = render(make_codec(tokenizer, "paper"), {"prompt": "Hi?", "system": "Be kind."})
     assert text == "### Instruction: Be kind.\n\nHi?\n\n### Response: "
+    braces = make_codec(tokenizer, "{x} {{y}} {prompt} %s:")
+    assert render(braces, {"prompt": "Hi {0} {prompt}"}) == "{x} {{y}} Hi {0} {prompt} %s:"

@@ -1,12 +1,9 @@
 """demo/: what is committed is what the script makes, and it is what the README says."""
 
 import random
-import sys
 
-from conftest import REPO, THETA0
-
-sys.path.insert(0, str(REPO / "demo"))
 import make_demo
+from conftest import REPO, THETA0
 
 from spin.data.text import decode, encode, make_codec
 from spin.files import read_jsonl
@@ -58,9 +55,7 @@ def test_the_held_out_answers_are_right_and_a_quarter_of_the_sft_sets_are_anothe
     assert set(wrong) <= {row["response"] for row in clean}
 
 
-def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_gives_every_text_back(
-    tokenizer, model
-):
+def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_loses_no_text(tokenizer, model):
     assert 100_000 < sum(p.numel() for p in model.parameters()) < 150_000
     assert sum(f.stat().st_size for f in THETA0.iterdir()) < 1_000_000
     made = make_demo.make_tokenizer().backend_tokenizer

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from urllib.parse import unquote
 
+import pytest
 from conftest import REPO
 
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -19,9 +20,6 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 def pages(root: Path) -> list[Path]:
     """The pages whose links are checked."""
     return [root / "README.md", *sorted(root.glob("docs/*.md")), root / "benchmarks" / "RESULTS.md"]
-
-
-# ---- links ---------------------------------------------------------------------------------------
 
 
 def slugs(text: str) -> set[str]:
@@ -143,17 +141,6 @@ def files_not_there(root: Path) -> list[str]:
 # ---- the checks and their controls ---------------------------------------------------------------
 
 
-def right_and_faults_are_found(check, tmp_path: Path, *faults):
-    """check finds nothing in this repository, and something in a copy after each of the faults."""
-    assert check(REPO) == []
-    skipped = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.safetensors", "*.jsonl")
-    for number, harm in enumerate(faults):
-        copy = shutil.copytree(REPO, tmp_path / str(number), ignore=skipped)
-        assert check(copy) == []
-        harm(copy)
-        assert check(copy) != []  # control
-
-
 def change(file: str, old: str, new: str):
     """A fault: the text `old` of a file becomes `new`."""
 
@@ -174,64 +161,50 @@ def a_page_without_links(root: Path):
     (root / "docs" / "other.md").write_text("Nothing.\n")
 
 
-def test_no_link_or_anchor_is_dead(tmp_path):
-    right_and_faults_are_found(
-        dead_links,
-        tmp_path,
+# a check and faults that it finds
+FAULTS = {
+    dead_links: [
         remove("demo/theory_steps.svg"),
         remove("docs/metrics.md"),
         change("docs/metrics.md", "## How to read a run", "## Reading a run"),
         change("docs/theory.md", "(../README.md)", "(README.md)"),
-    )
-
-
-def test_every_page_of_docs_is_reached_from_the_readme_and_leads_back(tmp_path):
-    right_and_faults_are_found(
-        unreached,
-        tmp_path,
+    ],
+    unreached: [
         a_page_without_links,
         change("README.md", "(docs/departures.md)", "(docs/theory.md)"),
         change("docs/metrics.md", "(../README.md)", "(theory.md)"),
-    )
-
-
-def test_the_readme_quotes_the_code_that_runs(tmp_path):
-    right_and_faults_are_found(
-        quotes_not_in_loss,
-        tmp_path,
+    ],
+    quotes_not_in_loss: [
         change("loss.py", "lam * logratio_real - lam", "lam * logratio_real + lam"),
         change("loss.py", "    return lam *", "    # a line between\n    return lam *"),
         change("README.md", "```python", "```"),
-    )
-
-
-def test_the_theory_page_quotes_the_code_that_runs(tmp_path):
-    right_and_faults_are_found(
-        quotes_not_in_files,
-        tmp_path,
+    ],
+    quotes_not_in_files: [
         change("loss.py", "y.sum()", "y.mean()"),
         change("docs/theory.md", "ELL[ell](margin)", "ELL[ell](margins)"),
-    )
-
-
-def test_the_tests_that_the_theory_page_names_are_there(tmp_path):
-    right_and_faults_are_found(
-        names_of_no_test,
-        tmp_path,
+    ],
+    names_of_no_test: [
         change("tests/test_theory.py", "def test_the_ideal_opponent", "def test_an_opponent"),
         change("docs/theory.md", "`test_if_the_opponent_is_not_the_data_…`", "`test_if_the_…`"),
-    )
-
-
-def test_the_files_and_functions_that_the_readme_names_are_there(tmp_path):
-    right_and_faults_are_found(
-        files_not_there,
-        tmp_path,
+    ],
+    files_not_there: [
         remove("run_iterations.sh"),
         remove("spin/recipe.py"),
         lambda root: shutil.rmtree(root / "benchmarks"),
         change("train.py", "def learning_rate(", "def rate("),
-    )
+    ],
+}
+
+
+@pytest.mark.parametrize("check", FAULTS, ids=lambda check: check.__name__)
+def test_a_check_finds_nothing_here_and_something_in_a_copy_with_a_fault(check, tmp_path):
+    assert check(REPO) == []
+    skipped = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.safetensors", "*.jsonl")
+    for number, harm in enumerate(FAULTS[check]):
+        copy = shutil.copytree(REPO, tmp_path / str(number), ignore=skipped)
+        assert check(copy) == []
+        harm(copy)
+        assert check(copy) != []  # control
 
 
 def test_the_readme_ends_with_licence_and_bibtex():

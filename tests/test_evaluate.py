@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, THETA0, load, torchrun
+from conftest import MICRO, THETA0, load, on_ranks, stage
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -14,11 +15,11 @@ from loss import sequence_logps
 from spin.data.rows import read_rows
 from spin.data.selection import select
 from spin.data.text import encode, load_codec
-from spin.files import read_jsonl
+from spin.files import read_jsonl, write_jsonl
 from spin.model.packing import pack
 from spin.recipe import parse
 from spin.report import figures
-from spin.report.summary import COLUMNS, summarise
+from spin.report.summary import summarise
 from spin.run.ranks import process_group
 from spin.sampling.engines import sample, uniforms
 
@@ -103,9 +104,10 @@ def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played
 
 
 def test_two_ranks_give_the_figures_of_one(played, tmp_path):
-    done = torchrun(2, "evaluate.py", *MICRO, "--run", tmp_path, "--theta0")
-    assert done.returncode == 0, done.stderr
-    one, two = (json.loads((run / "eval.json").read_text()) for run in (played, tmp_path))
+    run = tmp_path / "run"
+    code, err = on_ranks(2, lambda: stage("evaluate", run, "--theta0"), tmp_path)
+    assert code == 0, err
+    one, two = (json.loads((folder / "eval.json").read_text()) for folder in (played, run))
     for key in ("left_out", "made_from"):
         assert two.pop(key) == one.pop(key)
     assert two == {
@@ -113,16 +115,21 @@ def test_two_ranks_give_the_figures_of_one(played, tmp_path):
     }
 
 
-def test_the_figures_by_prompt_have_the_means_of_eval_json(played):
-    found = json.loads((played / "iter0" / "eval.json").read_text())
-    rows = list(read_jsonl(played / "iter0" / "by_prompt.jsonl"))
-    assert [row["id"] for row in rows] == [pair["id"] for pair in held_out()[1]]
-    sums = {key: sum(row[key] for row in rows) for key in COLUMNS}
-    ratio = sums.pop("nll") / sums.pop("tokens")
-    assert found["nll_per_token"] == pytest.approx(ratio)
-    assert {key: total / 12 for key, total in sums.items()} == {
-        key: pytest.approx(found[key]) for key in sums
-    }
+def test_held_out_prompts_that_are_trained_on_are_counted_in_a_warning(tmp_path, capsys, played):
+    rows = list(read_jsonl(played / "iter0" / "generated.jsonl"))[:3]
+    rows = [{"prompt": row["prompt"] + " ", "response": "else"} for row in rows]
+    rows += list(read_rows("demo/heldout.jsonl"))[:5]
+    write_jsonl(tmp_path / "held.jsonl", rows)
+    flags = ["--iter", 0, "--eval-data", tmp_path / "held.jsonl"]
+    for name in ("generate", "train", "evaluate"):
+        stage(name, tmp_path / "run", *flags)
+    warning = capsys.readouterr().err
+    assert "warning: 3 of the 8 held-out prompts are trained on" in warning
+    write_jsonl(tmp_path / "other.jsonl", rows[3:])  # control
+    shutil.copytree(tmp_path / "run" / "iter0", tmp_path / "other" / "iter0")
+    (tmp_path / "other" / "iter0" / "eval.json").unlink()
+    stage("evaluate", tmp_path / "other", "--iter", 0, "--eval-data", tmp_path / "other.jsonl")
+    assert "held-out" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +138,7 @@ def test_the_figures_by_prompt_have_the_means_of_eval_json(played):
         (["--iter", "0", "--theta0"], "exclude each other"),
         (["--iter", "0", "--out", "out.json"], "goes with --model alone"),
         (["--theta0", "--out", "out.json"], "goes with --model alone"),
+        (["--model", str(THETA0), "--out", "no/such/out.json"], "no directory"),
         (["--model", str(THETA0), "--opponent", str(THETA0)], "unrecognized arguments: --opponent"),
     ],
 )

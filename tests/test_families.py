@@ -1,18 +1,25 @@
 """Models of many families through two iterations: the opponent's scores are those of each sequence
-alone, by transformers, or the first stage refuses the model in one line."""
+alone, by transformers, and sampled tokens those that it gives alone, or the first stage refuses the
+model in one line."""
 
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from conftest import MICRO, load, stage, torchrun
-from families import FAMILIES, alone, gradient, quick_and_long, random_sequences, save, tiny
+from conftest import MICRO, stage, torchrun
+from families import CACHES, FAMILIES, alone, gradient, quick_and_long, random_sequences, save, tiny
+from test_probe import HERE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loss import sequence_logps
 from spin.files import read_jsonl
 from spin.model.packing import is_padded, pack, packed
+from spin.model.sampling_probe import probe_sampling
+from spin.recipe import parse
+from spin.sampling.engines import plain_generate, sample
+from spin.sampling.slots import decode_in_slots
 
 # a packed row with a window, a packed row without, padded batches of several kinds
 QUICK = ["Mistral, window", "GPT-OSS", "OPT", "Falcon", "Nemotron"]
@@ -73,9 +80,7 @@ def test_two_iterations_score_every_sequence_as_if_it_were_alone(name, tmp_path)
 
 @pytest.mark.parametrize("attention", ["auto", "eager", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_with_any_attention_a_row_has_log_probs_and_gradients_of_each_sequence_alone(
-    name, attention
-):
+def test_with_any_attention_a_row_has_log_probs_and_gradients_of_each_alone(name, attention):
     model = tiny(name)
     sequences = random_sequences()
     if attention == "sdpa" and not model._supports_sdpa:
@@ -104,11 +109,54 @@ def test_with_any_attention_a_row_has_log_probs_and_gradients_of_each_sequence_a
     assert ((together - wanted).abs() > 1e-2).any()
 
 
+def wrong_tokens(model, decode_loop=None, slots=64) -> tuple[int, int]:
+    """Of 24 answers to prompts of 1 to 40 tokens: the number of tokens that are not those that
+    transformers gives by the same uniform number, each sequence alone, without a cache; and of all.
+    """
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 88, 1 + 7 * k % 40).tolist() for k in range(24)]
+    uniform = rng.random((24, 24))
+    model.decode_loop = decode_loop or model.decode_loop
+    answers = sample(model, prompts, 2, 24, uniform, slots=slots)
+    right = []
+    for prompt, (ids, _), numbers in zip(prompts, answers, uniform, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0]
+        for p, token, u in zip(logits[len(prompt) - 1 :], ids, numbers, strict=False):
+            cdf = p.double().softmax(-1).cumsum(-1).numpy()
+            right.append(np.searchsorted(cdf, u * cdf[-1], side="right") == token)
+    return len(right) - sum(right), len(right)
+
+
+# one of each kind of cache: full, chunks, local, recurrent, hybrid, sparse
+KINDS = ["Llama", "Llama 4, chunks", "GPT-Neo, local", "RWKV", "Falcon-H1", "DeepSeek-V3.2"]
+# passes with a cache and without differ; a prompt of one token goes on with another's state
+REFUSED = ["DeepSeek-V3.2", "Doge", "RecurrentGemma"]
+ALONE = ["RWKV", "RoFormer"]  # unless each prompt is alone: they ignore padding on the left
+
+
+@pytest.mark.parametrize("name", quick_and_long(*KINDS, of=FAMILIES | CACHES))
+def test_every_sampled_token_is_that_of_one_pass_alone_or_the_model_is_refused(name, refused):
+    model = tiny(name)
+    slots = ["--slots", "1"] * (name in ALONE)
+    recipe = parse([*MICRO, *slots])[0]
+    if name in REFUSED + ALONE:
+        line = refused(lambda: probe_sampling(model, parse(MICRO)[0], HERE))
+        assert "cannot be sampled from as it is scored: off by" in line and "--slots 1 or" in line
+    if name not in REFUSED:
+        probe_sampling(model, recipe, HERE)
+        wrong, tokens = wrong_tokens(model, slots=recipe.slots)
+        assert wrong == 0 and tokens > 300
+    if name == "GPT-Neo, local":  # control
+        assert wrong_tokens(model, decode_in_slots)[0] > 10
+    if name in [*REFUSED[:2], *ALONE[:1]]:  # control
+        assert wrong_tokens(model, plain_generate, 64 if name in ALONE else 1)[0] > 10
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["Falcon", "GPT-OSS"])
-def test_two_ranks_score_and_train_as_one_does_in_padded_batches(name, tmp_path):
+def test_two_ranks_score_and_train_as_one_does_in_padded_batches(tmp_path):
     """Every rank must make as many passes, those of the probe included, or the run would hang."""
-    theta = save(tiny(name), tmp_path / "theta")
+    theta = save(tiny("GPT-OSS"), tmp_path / "theta")
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--iter", 0, *FLAGS, "--model", theta]
     stage("generate", one, *flags)
@@ -116,8 +164,8 @@ def test_two_ranks_score_and_train_as_one_does_in_padded_batches(name, tmp_path)
     stage("train", one, *flags)
     done = torchrun(2, "train.py", *MICRO, "--run-dir", two, *flags)
     assert done.returncode == 0, done.stderr
-    weights = [load(run / "iter0" / "model").state_dict() for run in (one, two)]
-    start = load(theta).state_dict()
+    folders = theta, one / "iter0" / "model", two / "iter0" / "model"
+    start, *weights = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in folders)
     moved = max((w - start[n]).abs().max() for n, w in weights[0].items())
     for n, w in weights[0].items():
         assert (w - weights[1][n]).abs().max() < 0.05 * moved  # RMSProp's first step: signs

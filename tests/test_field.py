@@ -2,30 +2,31 @@
 model edited between stages is noticed, several chat templates survive training, and what libraries
 log does not stand before a refusal."""
 
+import io
 import json
-import os
 import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import MICRO, THETA0, as_in_a_shell, shell, stage, torchrun
-from safetensors.torch import load_file, save_file
+from conftest import MICRO, THETA0, shell, stage, torchrun
 from test_faults import train_up_to_the_export
 from test_train import fresh
 from transformers import AutoTokenizer
 
 from spin import checks
+from spin import compare as spin_compare
 from spin.bench import harness
 from spin.files import write_jsonl
+from spin.report import page
 
 PAIRS = [{"prompt": f"Spell {w}", "real": "-".join(w), "generated": w} for w in ("tin", "kola")]
 CHAT = (
     "<s>{% for m in messages %}{{ '### Instruction: ' if m.role == 'user' else ' ' }}"
     "{{ m.content }}{{ '\n\n### Response:' if m.role == 'user' else '</s>' }}{% endfor %}"
 )
-TOOLS = CHAT + "{{ tools }}"
+TOOLS = "{{ raise_exception('no tools') }}"
 
 
 def chat_model(folder, names=()):
@@ -39,9 +40,6 @@ def chat_model(folder, names=()):
     else:
         (folder / "chat_template.jinja").write_text(CHAT)
     return ["--model", folder, "--template", "chat"]
-
-
-# ---- a model's own files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("other", ["tool_use", "tools/v2"])
@@ -63,9 +61,7 @@ FILES_OF_A_MODEL = (
 )
 
 
-def test_a_model_edited_between_stages_is_noticed_and_other_files_beside_it_do_not_matter(
-    tmp_path, refused
-):
+def test_a_model_edited_between_stages_is_noticed_unlike_other_files_beside_it(tmp_path, refused):
     run = tmp_path / "run"
     flags = chat_model(tmp_path / "theta")
     for t, folder in enumerate((tmp_path / "theta", run / "iter0" / "model")):
@@ -87,9 +83,7 @@ def test_a_model_edited_between_stages_is_noticed_and_other_files_beside_it_do_n
 # ---- a result made from something else -----------------------------------------------------------
 
 
-def test_pairs_given_to_an_iteration_that_was_made_from_others_are_refused(
-    played, tmp_path, refused, monkeypatch
-):
+def test_pairs_for_an_iteration_of_others_are_refused(played, tmp_path, refused, monkeypatch):
     """Pairs are known by what is in the files, whatever path names them."""
     monkeypatch.chdir(tmp_path)
     for name, rows in (("a", PAIRS), ("b", PAIRS[:1])):
@@ -112,9 +106,7 @@ def test_pairs_given_to_an_iteration_that_was_made_from_others_are_refused(
     stage("train", played, "--iter", 0)  # nothing to do
 
 
-def test_a_result_made_from_something_else_is_not_taken_for_this_one(
-    played, tmp_path, refused, capsys, monkeypatch
-):
+def test_the_result_of_something_else_is_not_taken(played, tmp_path, refused, capsys, monkeypatch):
     out = tmp_path / "result.json"
     theta_1 = played / "iter0" / "model"
     shutil.copytree(THETA0, tmp_path / "theta")
@@ -141,9 +133,7 @@ def test_a_result_made_from_something_else_is_not_taken_for_this_one(
     assert "made with another model" in refused(lambda: stage("evaluate", tmp_path, *theta))
 
 
-def test_benchmarks_of_other_tasks_or_fewer_questions_are_not_taken_for_those_asked_for(
-    tmp_path, refused, monkeypatch, capsys
-):
+def test_benchmarks_of_other_tasks_are_not_taken_for_these(tmp_path, refused, monkeypatch, capsys):
     def run_benchmarks(policy, recipe, asked, limit):
         return {"tasks": {}}
 
@@ -157,9 +147,7 @@ def test_benchmarks_of_other_tasks_or_fewer_questions_are_not_taken_for_those_as
         assert f"benchmarks.json is there already, made with another {word}: " in line
 
 
-def test_a_result_of_another_day_is_another_one_where_a_chat_template_may_write_the_day(
-    tmp_path, refused
-):
+def test_a_result_of_another_day_is_another_where_a_template_may_write_it(tmp_path, refused):
     flags = [*chat_model(tmp_path / "theta"), "--out", tmp_path / "result.json", "--date"]
     stage("evaluate", tmp_path, *flags, "2026-01-31")
     stage("evaluate", tmp_path, *flags, "2026-01-31")  # nothing to do
@@ -167,70 +155,74 @@ def test_a_result_of_another_day_is_another_one_where_a_chat_template_may_write_
     assert "made with another recipe" in line
 
 
-# ---- what a shell shows of a refusal -------------------------------------------------------------
+WHOLE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+HALF = [
+    *({name: value} for name, value in WHOLE.items() if name in ("RANK", "WORLD_SIZE")),
+    *({**WHOLE, name: None} for name in WHOLE),
+    *({**WHOLE, name: "" if name == "MASTER_ADDR" else "x"} for name in WHOLE),
+    {"RANK": "1", "WORLD_SIZE": "2"},
+    {**WHOLE, "RANK": "1"},
+    {**WHOLE, "LOCAL_RANK": "1"},
+    {**WHOLE, "MASTER_PORT": "99999"},
+    {**WHOLE, "LOCAL_WORLD_SIZE": "x"},
+    {"LOCAL_RANK": "0"},
+]
 
 
-INDEX_LOST = r"error: .*/checkpoint/\d+ is damaged .*: delete .*\n"
+@pytest.mark.parametrize("variables", HALF)
+def test_half_a_launch_is_one_line_at_once_and_no_wait_for_ranks(variables, monkeypatch, refused):
+    def call():
+        spin_compare.main(["no", "such"])
+
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    assert "no holds no by_prompt.jsonl" in refused(call)  # the control
+    for name in WHOLE:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert "MASTER_PORT do not fit together: start several ranks by torchrun" in refused(call)
 
 
-def foreign_weights(folder):
-    """Weights of which one is missing, one is too many and one of another shape."""
-    state = load_file(THETA0 / "model.safetensors")
-    norm = state.pop("model.norm.weight")
-    state["model.layers.0.input_layernorm.weight"] = norm[:-1].clone()
-    save_file({**state, "model.other.weight": norm}, folder / "model.safetensors")
+def test_what_a_terminal_cannot_show_is_replaced(played, monkeypatch):
+    folders = [str(played), str(played / "iter0")]
+    for call in (lambda: spin_compare.main(folders), lambda: page.main(["--run", str(played)])):
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with pytest.raises(UnicodeEncodeError):
+            print("θ₀")  # the control
+        call()
+        terminal.flush()
+        assert b"?" in terminal.buffer.getvalue()
 
 
-def cut_weights(folder):
-    os.truncate(folder / "model.safetensors", 400_000)
+# ---- what a shell shows of a refusal; of one rank: test_bad_input.py, test_faults.py ------------
 
 
-def cut_tokenizer(folder):
-    os.truncate(folder / "tokenizer.json", 900)
-
-
-@pytest.fixture()
-def checkpoint_without_index(played, tmp_path, monkeypatch):
+@pytest.mark.long
+def test_of_two_ranks_a_refusal_is_one_line_before_torchruns_report(played, tmp_path, monkeypatch):
     run = fresh(played, tmp_path / "run")
     train_up_to_the_export(run, 0, monkeypatch)
     (index,) = (run / "iter0" / "checkpoint").glob("*/.metadata")
     index.unlink()
-    return [*MICRO, "--run", run, "--iter", 0]
-
-
-def test_a_checkpoint_without_its_index_is_one_line_and_no_traceback(checkpoint_without_index):
-    done = shell(sys.executable, "train.py", *checkpoint_without_index)
-    assert done.returncode == 2
-    assert re.fullmatch(INDEX_LOST, done.stderr), done.stderr
-
-
-def test_of_two_ranks_it_is_one_line_too_before_the_report_of_torchrun(checkpoint_without_index):
-    done = torchrun(2, "train.py", *checkpoint_without_index)
+    done = torchrun(2, "train.py", *MICRO, "--run", run, "--iter", 0)
     ours = re.split(r"^[WE]\d{4} ", done.stderr, flags=re.MULTILINE)[0]
-    assert re.fullmatch(INDEX_LOST, ours), ours
-
-
-@pytest.mark.parametrize("change", [foreign_weights, cut_weights, cut_tokenizer])
-def test_a_model_that_is_not_whole_is_one_line_of_a_shell(change, tmp_path):
-    shutil.copytree(THETA0, tmp_path / "theta")
-    change(tmp_path / "theta")
-
-    def generate():
-        stage("generate", tmp_path / "run", "--iter", 0, "--model", tmp_path / "theta")
-
-    code, shown = as_in_a_shell(generate, tmp_path / "stderr")
-    assert code == 2
-    assert re.fullmatch(r"error: [^\n]*\n", shown), shown
+    assert re.fullmatch(r"error: .*/checkpoint/\d+ is damaged .*: delete .*\n", ours), ours
 
 
 @pytest.mark.long
 def test_a_hub_that_cannot_be_reached_is_one_line_unless_one_asks_for_its_retries(tmp_path):
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    command = [sys.executable, "generate.py", *MICRO, "--run", tmp_path, "--iter", 0]
+    command = [sys.executable, "generate.py", *MICRO, "--iter", 0, "--run"]
     loud = {**nowhere, "HF_HUB_VERBOSITY": "info"}
     cases = [("--model", nowhere), ("--data", nowhere), ("--model", loud)]
     with ThreadPoolExecutor() as pool:  # each waits for its retries
-        runs = [pool.submit(shell, *command, what, "no-such/thing", env=e) for what, e in cases]
+        runs = []
+        for number, (what, env) in enumerate(cases):  # a run has one process at a time
+            folder = tmp_path / str(number)
+            runs.append(pool.submit(shell, *command, folder, what, "no-such/thing", env=env))
     *quiet, control = (run.result() for run in runs)
     for done in quiet:
         assert done.returncode == 2

@@ -22,6 +22,8 @@ ORDER = ["files", "recipe", "sampling", "run", "model", "data", "checks", "bench
 ORDER += ["compare", "mt_bench"]  # commands
 # optional packages: only one module imports each, and only when it is asked for
 ONLY_IN = {
+    "datasets": "spin.data.rows",
+    "flash_attn": "spin.model.attention",
     "lm_eval": "spin.bench.harness",
     "matplotlib": "spin.report.pictures",
     "peft": "spin.model.lora",
@@ -145,13 +147,13 @@ WRONG_IMPORTS = [
     ("spin.checks", "import evaluate", "spin.checks imports the stage evaluate"),
     ("evaluate", "import generate as stage", "evaluate imports the stage generate"),
     ("train", "def late():\n    import lm_eval", "train imports lm_eval"),
+    ("spin.data.rows", "import datasets", "spin.data.rows imports datasets"),
     ("spin.bench.harness", "import lm_eval.tasks", "spin.bench.harness imports lm_eval"),
 ]
 
 
 @pytest.mark.parametrize("room, line, sentence", WRONG_IMPORTS)
 def test_a_wrong_import_is_found(room, line, sentence):
-    """The control of the tests before."""
     house = rooms()
     house[room] += f"\n\n{line}\n"
     assert any(sentence in found for found in wrong_imports(house))
@@ -202,9 +204,6 @@ def test_the_steps_of_algorithm_1_stand_in_the_stages_themselves(file, name, mod
         assert name in takes_from(source, module)
         own = source.replace(f"from {module} import", "from spin.own import")
         assert name not in takes_from(own, module)  # control
-
-
-# ---- the linter ---------------------------------------------------------------------------------
 
 
 def noqa_without_reason(source: str) -> list[str]:

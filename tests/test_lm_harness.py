@@ -159,10 +159,7 @@ def ours(data, long_theta, tmp_path_factory):
         return run_tasks(long_theta, out, "paper", "arc_challenge")
 
 
-def test_the_six_tasks_equal_the_harness_command_line_digit_for_digit(
-    ours, in_data, long_theta, tmp_path, monkeypatch
-):
-    """lm_eval's own command, started in the same folder."""
+def test_the_six_tasks_equal_the_harness_exactly(ours, in_data, long_theta, tmp_path, monkeypatch):
     from lm_eval.__main__ import cli_evaluate
 
     theirs = {}
@@ -189,9 +186,7 @@ def test_the_six_tasks_equal_the_harness_command_line_digit_for_digit(
     assert sum(0 < value < 1 for value in values) >= 3  # not all trivial
 
 
-def test_other_few_shot_counts_give_other_figures_and_a_tag_those_of_its_tasks(
-    ours, in_data, long_theta, tmp_path
-):
+def test_other_shots_give_other_figures_and_a_tag_its_tasks(ours, in_data, long_theta, tmp_path):
     """Control: the harness's default count (0 for ARC), asked for by name."""
     zero_shot = run_tasks(long_theta, tmp_path / "all.json", "arc_challenge")["tasks"]
     differ = ("acc,none", "acc_norm,none")
@@ -239,9 +234,7 @@ evaluate.main()
 
 
 @pytest.mark.long
-def test_two_ranks_share_the_questions_and_give_the_benchmarks_of_one(
-    ours, data, in_data, long_theta, tmp_path, monkeypatch
-):
+def test_two_ranks_give_the_figures_of_one(ours, data, in_data, long_theta, tmp_path, monkeypatch):
     """lm_eval is made to believe that there are two GPUs. 11 questions do not divide by 2."""
     (tmp_path / "start.py").write_text(AS_WITH_TWO_GPUS)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -261,9 +254,7 @@ def test_two_ranks_share_the_questions_and_give_the_benchmarks_of_one(
     assert done.stdout.count("truthfulqa_mc2") == 1  # rank 0 alone prints
 
 
-def test_a_model_that_lacks_a_weight_is_refused_and_not_made_up(
-    in_data, long_theta, tmp_path, refused
-):
+def test_a_model_that_lacks_a_weight_is_not_made_up(in_data, long_theta, tmp_path, refused):
     other = shutil.copytree(long_theta, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     del weights["model.norm.weight"]
@@ -307,8 +298,15 @@ def test_where_lm_eval_is_missing_one_line_names_the_command_that_installs_it(re
     assert harness.INSTALL in line and harness.INSTALL.split("'")[1] in needed
 
 
+@pytest.mark.parametrize("vocabulary, batch", [(88, 8), (32000, 8), (128256, 2), (262144, 1)])
+def test_the_logits_of_a_batch_fit_whatever_the_vocabulary(vocabulary, batch):
+    assert harness.batch_that_fits(vocabulary) == batch
+    assert batch == 1 or 2 * batch * 2048 * vocabulary < 1.1e9
+
+
 def test_ranks_of_several_nodes_are_refused(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    where = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**where, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     flags = [*MICRO, "--model", str(THETA0), "--tasks", "paper"]
     assert "--tasks runs on one node" in refused(lambda: evaluate.main(flags))

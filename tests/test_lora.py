@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, REPO, THETA0, load, stage, torchrun
-from families import quick_and_long, save, tiny
+from conftest import REPO, THETA0, load, stage
+from families import MULTIMODAL, quick_and_long, save, tiny, tiny_multimodal
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_bad_input import LISTED
@@ -62,9 +62,6 @@ def logps(model, run, t):
     with torch.no_grad():
         halves = [pack([p[half] for p in pairs], "cpu") for half in ("real", "generated")]
         return torch.cat([sequence_logps(model, **half) for half in halves])
-
-
-# ---- the start and the update --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype", "bf16", "--recompute"]])
@@ -128,12 +125,8 @@ def test_the_adapters_move_as_in_plain_pytorch_and_peft(adapted, t):
     assert [row["loss"] for row in metrics(adapted / f"iter{t}")[:4]] == pytest.approx(losses, 1e-4)
 
 
-# ---- what is written -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("t", [0, 1])
 def test_the_merged_model_is_the_start_with_its_adapters_by_peft(adapted, t):
-    """To 1e-5 relative, by plain transformers and plain peft; the adapters' config names θ_t."""
     folder = adapted / f"iter{t}"
     assert not any("adapter" in path.name for path in (folder / "model").iterdir())
     assert {w.dtype for w in adapters(folder).values()} == {torch.float32}
@@ -155,9 +148,7 @@ BF16 = ["--dtype", "bf16", "--lora-alpha", "32", "--lora-targets", "q_proj", "la
 
 
 @pytest.mark.parametrize("flags, alpha, ends", [([], 16, LAYERS), (BF16, 32, (BF16[-2], BF16[-1]))])
-def test_two_iterations_are_w_plus_the_sum_of_ba_in_fp32(
-    flags, alpha, ends, adapted, played, tmp_path
-):
+def test_two_iterations_are_w_plus_all_ba_in_fp32(flags, alpha, ends, adapted, played, tmp_path):
     """With a base in bf16 too: merging that base would round the first iteration's steps away."""
     run = adapted
     if flags:
@@ -184,28 +175,11 @@ def test_two_iterations_are_w_plus_the_sum_of_ba_in_fp32(
         assert not moved or (end[name] - w.bfloat16() - change).abs().max() > 1e-5
 
 
-# ---- ranks, kills --------------------------------------------------------------------------------
+# ---- kills; on two ranks: test_weights.py --------------------------------------------------------
 
 
-def test_two_ranks_give_the_adapters_of_one(adapted, played, tmp_path):
-    run = begun(played, tmp_path)
-    done = torchrun(2, "train.py", *MICRO, *RANK, "--run", run, "--iter", "0")
-    assert done.returncode == 0, done.stderr
-    for one, two in zip(metrics(adapted / "iter0"), metrics(run / "iter0"), strict=True):
-        for key in ("loss", "grad_norm", "lr"):
-            assert one[key] == pytest.approx(two[key], rel=1e-4), key
-    one, two = adapters(adapted / "iter0"), adapters(run / "iter0")
-    assert one.keys() == two.keys()
-    off = math.sqrt(sum((one[n] - two[n]).square().sum() for n in one))
-    # B began as zero: its length is how far it moved
-    moved = math.sqrt(sum(one[n].square().sum() for n in one if "lora_B" in n))
-    assert off < 1e-3 * moved
-
-
-@pytest.mark.parametrize("moment", ["step 3", "export"])
-def test_a_killed_iteration_ends_with_the_same_bytes_and_its_checkpoint_holds_adapters_alone(
-    adapted, played, tmp_path, monkeypatch, moment
-):
+@pytest.mark.parametrize("moment", ["step 3", "export 1"])
+def test_a_killed_iteration_ends_in_the_same_bytes(adapted, played, tmp_path, monkeypatch, moment):
     run = begun(played, tmp_path)
     die_at(moment, monkeypatch)
     with pytest.raises(Killed):
@@ -234,9 +208,7 @@ def test_without_peft_one_line_says_how_to_install_it(refused, monkeypatch, tmp_
     assert any(re.fullmatch("error: " + pattern, line) for pattern in LISTED)
 
 
-def test_a_start_that_has_changed_during_training_is_not_merged(
-    played, tmp_path, monkeypatch, capsys
-):
+def test_a_start_that_changed_during_training_is_not_merged(played, tmp_path, monkeypatch, capsys):
     theta = shutil.copytree(THETA0, tmp_path / "theta")
     run = begun(played, tmp_path / "run")
     train_steps = train.train
@@ -316,3 +288,29 @@ def test_other_families_are_adapted_merged_and_read_by_peft(name, tmp_path):
     for logits in (in_place, merged):
         assert (logits - by_peft).abs().max() < 1e-5 * scale
     assert (base - by_peft).abs().max() > 1e-2 * scale  # control
+
+
+@pytest.mark.parametrize("name", quick_and_long("Qwen3.5", "Gemma 3", of=MULTIMODAL))
+def test_of_a_multimodal_model_the_text_model_alone_is_adapted(name, tmp_path):
+    theta_0 = save(tiny_multimodal(name), tmp_path / "theta")
+    run = tmp_path / "run"
+    for part in ("generate", "train"):
+        stage(part, run, "--iter", 0, "--model", theta_0, *RANK, "--max-new-tokens", 8)
+    adapters = load_file(run / "iter0" / "adapter" / "adapter_model.safetensors")
+    assert adapters and all(w.any() for w in adapters.values())  # each was trained
+    before, after = (load_file(f / "model.safetensors") for f in (theta_0, run / "iter0" / "model"))
+    moved = {n for n, w in after.items() if not torch.equal(w, before[n].float())}
+    assert len(moved) == len(adapters) / 2
+    assert not [n for n in moved if "language_model" not in n]
+    assert [n for n in before if "language_model" not in n and n.endswith("proj.weight")]  # control
+
+
+def test_an_adapter_that_transformers_would_take_beside_weights_is_refused(tmp_path, refused):
+    """In a folder before anything is read; from a hub, when it is loaded."""
+    theta_0 = shutil.copytree(THETA0, tmp_path / "theta")
+    models.load_whole(str(theta_0), Recipe(), torch.float32)  # the control
+    get_peft_model(load(theta_0), LoraConfig(target_modules=["q_proj"])).save_pretrained(theta_0)
+    line = refused(lambda: stage("generate", tmp_path, "--iter", 0, "--model", theta_0))
+    assert f"{theta_0} holds an adapter" in line
+    line = refused(lambda: models.load_whole(str(theta_0), Recipe(), torch.float32))
+    assert "adapters beside them ['default']" in line

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from conftest import MICRO, THETA0, torchrun
+from test_field import CHAT
 
 from spin import mt_bench
 from spin.files import read_jsonl, write_jsonl
@@ -43,14 +44,9 @@ def questions(tmp_path):
 
 
 @pytest.mark.parametrize("template", ["paper", "chat"])
-def test_mt_bench_answers_have_both_turns_in_fastchats_format(
-    template, long_theta, tmp_path, questions
-):
+def test_answers_have_both_turns_in_fastchats_format(template, long_theta, tmp_path, questions):
     model = shutil.copytree(long_theta, tmp_path / "model")
-    (model / "chat_template.jinja").write_text(
-        "<s>{% for m in messages %}{{ '### Instruction: ' if m.role == 'user' else ' ' }}"
-        "{{ m.content }}{{ '\n\n### Response:' if m.role == 'user' else '</s>' }}{% endfor %}"
-    )
+    (model / "chat_template.jinja").write_text(CHAT)
     flags = [questions, *MICRO, "--model", str(model), "--template", template]
     for name, seed in (("one", 0), ("again", 0), ("other", 2)):
         mt_bench.main([*flags, "--seed", str(seed), "--out", str(tmp_path / f"{name}.jsonl")])
@@ -64,7 +60,7 @@ def test_the_second_turn_sees_the_first(long_theta, tmp_path, monkeypatch, token
 
     def answering(model, prompts, eos, most, u, temperature):
         seen.append((temperature, *prompts))
-        return [([5, 6, eos], "eos")]
+        return [([5, 6, eos[0]], "eos")]
 
     monkeypatch.setattr(mt_bench, "sample", answering)
     out = str(tmp_path / "m.jsonl")

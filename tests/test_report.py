@@ -175,14 +175,9 @@ def test_the_verdict_says_who_is_ahead_and_neither_within_two_standard_errors():
     said = verdict("nll_per_token", 4, low, high)
     assert "SPIN is ahead of continued SFT: NLL per token" in said and "-0.200" in said
     assert "continued SFT is ahead" in verdict("nll_per_token", 4, high, low)
-    # silent about other prompts, and about few
-    for spin, sft in (
-        (good, bad[:-1]),
-        ([{"id": 0}] * 20, [{"id": 0}] * 20),
-        (good[:19], bad[:19]),
-    ):
+    # silent about other prompts; about few: test_compare.py
+    for spin, sft in ((good, bad[:-1]), ([{"id": 0}] * 20, [{"id": 0}] * 20)):
         assert verdict("expected_exact_match", 1, spin, sft) is None
-    assert "SPIN is ahead" in verdict("expected_exact_match", 1, good[:20], bad[:20])  # control
 
 
 @pytest.mark.parametrize("best, leads", [(0.0099, "nll_per_token"), (0.01, "expected_exact_match")])
@@ -196,9 +191,7 @@ def test_a_run_without_a_hundredth_of_exact_matches_is_led_by_the_nll(best, lead
     assert ("the negative log-likelihood went from" in page) == (not exact)
 
 
-def test_the_report_shows_a_baseline_the_verdict_and_benchmarks_with_the_papers(
-    played, tmp_path, capsys
-):
+def test_the_report_shows_a_baseline_the_verdict_and_benchmarks(played, tmp_path, capsys):
     run = shutil.copytree(played, tmp_path / "run")
     for t in (0, 1):  # a baseline that is as good as the model before
         (run / "sft" / f"iter{t}").mkdir(parents=True)
@@ -247,8 +240,6 @@ def test_a_run_without_an_evaluation_is_refused(tmp_path, refused):
     assert "holds no eval.json" in refused(lambda: report.main(["--run", str(tmp_path)]))
 
 
-# ---- no code from files --------------------------------------------------------------------------
-
 EVIL = (
     "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{x}} {{ 7 * 6 }} {% if x %} {# y #} "
     "{prompt} </table></svg>&lt;b&gt;\u2028"
@@ -263,9 +254,7 @@ def poisoned(value, key=""):
     return EVIL if isinstance(value, str) and key not in ("finish", "objective", "ell") else value
 
 
-def test_a_report_of_prompts_and_answers_full_of_markup_shows_them_as_text(
-    played, tmp_path, monkeypatch
-):
+def test_a_report_of_texts_full_of_markup_shows_them_as_text(played, tmp_path, monkeypatch):
     """Every text in every file of the run is poisoned, whatever the page shows of them."""
     run, calm = tmp_path / "<script>alert(0)<", tmp_path / "calm"
     for folder in (run, calm):
@@ -294,11 +283,6 @@ def test_a_report_of_prompts_and_answers_full_of_markup_shows_them_as_text(
 
 
 # ---- pictures ------------------------------------------------------------------------------------
-
-
-def numbers_of(svg: str) -> list[float]:
-    """The numbers of a picture, but for those of its date and version."""
-    return [float(x) for x in re.findall(r"-?\d+\.\d+", svg.partition("</metadata>")[2])]
 
 
 def test_a_picture_shows_its_points_with_their_errors_at_the_right_height():
@@ -331,34 +315,25 @@ def test_many_iterations_leave_room_for_their_names():
 
 
 @pytest.mark.long
-def test_the_ablations_pictures_and_tables_are_those_of_their_figures(tmp_path):
-    def redraw():
-        """The tables, and each picture's numbers beside those of the committed one."""
+def test_the_ablations_tables_in_results_and_docs_are_those_of_their_figures(tmp_path):
+    def tables() -> str:
         command = ("benchmarks/ablations.py", "--redraw", "--out", tmp_path)
         done = shell(sys.executable, *command)
-        assert done.returncode == 0, done.stderr
-        drawn = sorted(tmp_path.glob("*.svg"))
-        texts = [
-            (path.read_text(), (REPO / "benchmarks" / path.name).read_text()) for path in drawn
-        ]
-        assert len(texts) == 6
-        return done.stdout, [[numbers_of(text) for text in pair] for pair in texts]
+        assert done.returncode == 0 and len([*tmp_path.glob("*.svg")]) == 6, done.stderr
+        return done.stdout
 
     shutil.copy(REPO / "benchmarks" / "ablations.jsonl", tmp_path)
-    tables, pictures = redraw()
+    printed = tables()
     results = (REPO / "benchmarks" / "RESULTS.md").read_text()
-    assert all(table in results for table in tables.strip().split("\n\n"))
+    assert all(table in results for table in printed.strip().split("\n\n"))
     # a page of docs/ shows no row that was not printed
     page = (REPO / "docs" / "ablations.md").read_text()
     shown = [line for line in page.splitlines() if " ± " in line and line.startswith("|")]
-    assert len(shown) > 20 and set(shown) <= set(tables.splitlines())
-    assert all(new == pytest.approx(kept, abs=0.01) for new, kept in pictures)
+    assert len(shown) > 20 and set(shown) <= set(printed.splitlines())
     # control: another figure of SPIN in the demo
     rows = list(read_jsonl(tmp_path / "ablations.jsonl"))
     for row in rows:
         if (row["arm"], row["objective"]) == ("25", "spin"):
             row["figures"][-1] -= 0.1
     write_jsonl(tmp_path / "ablations.jsonl", rows)
-    tables, pictures = redraw()
-    assert tables.strip().split("\n\n")[0] not in results
-    assert sum(new != pytest.approx(kept, abs=0.01) for new, kept in pictures) >= 2
+    assert tables().strip().split("\n\n")[0] not in results

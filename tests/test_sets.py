@@ -1,19 +1,23 @@
 """spin/data/rows.py, selection.py: the sets that people have, and what is left out."""
 
+import copy
 import gzip
 import json
 from dataclasses import replace
 
+import datasets
 import pytest
 from conftest import THETA0, stage
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from spin.data.rows import Unusable, read_rows, to_pair
-from spin.data.selection import select
+from spin.data.pairs import encode_pairs
+from spin.data.rows import Unusable, is_blank, read_rows, to_pair
+from spin.data.selection import select, select_pairs
 from spin.data.text import make_codec
 from spin.files import read_jsonl, write_jsonl
 from spin.recipe import Recipe
+from spin.report import page
 
 SHORT = Recipe(max_length=64, max_new_tokens=24)
 
@@ -30,6 +34,7 @@ def parts(*texts: str) -> list[dict]:
     return [{"type": "text", "text": text} for text in texts]
 
 
+NAN = float("nan")
 USER, BOT, OTHER = said("user", "Hi?"), said("assistant", "Hello."), said("assistant", "Yo")
 SYSTEM, MORE = said("system", "Be kind."), said("user", "and 7?")
 RUDE, ROUND = said("system", "Be rude."), [USER, BOT]
@@ -42,6 +47,7 @@ KIND = PAIR | {"system": "Be kind."}
 EMPTY = PAIR | {"system": ""}
 TWO = PAIR | {"generated": "Yo"}
 SUM = {"prompt": "Sum\n\n1 2", "real": "3"}
+SUM_TALK = [said("user", "Sum\n\n1 2"), said("assistant", "3")]
 
 
 def row(columns: str, *values) -> dict:
@@ -71,6 +77,21 @@ READ = [
     (PAIR, {"system": None} | PLAIN),
     (PAIR, row("prompt output messages", None, None, ROUND)),
     (PAIR | {"later_rounds": True}, {"messages": [USER, BOT, MORE, BOT]}),
+    (PAIR, row("system context query response", NAN, NAN, "Hi?", "Hello.")),  # NaN of pandas
+    (PAIR, {"messages": [USER | {"weight": 0}, BOT | {"weight": 1, "tool_calls": NAN}]}),
+    (PAIR | {"later_rounds": True}, {"messages": [*ROUND, MORE, BOT | {"train": False}]}),
+    (PAIR, {"messages": [USER, BOT | {"weight": NAN, "train": None, "masked": False}]}),
+    (PAIR, PLAIN | {"train_id": 0, "loss": 0.0, "weight": 1, "masked": 0}),
+    (PAIR, {"messages": [USER, BOT | {"function_call": {"name": None, "arguments": NAN}}]}),
+    (PAIR, PLAIN | {"images": [None], "tools": "[ ]", "template_kwargs": {"x": {"y": None}}}),
+    (
+        TWO | {"finish": "length"},
+        row(f"{PREFERENCES} stop_reason", "Hi?", "Hello.", "Yo", "length"),
+    ),
+    (PAIR, row("instruction input conversations", "Hi?", "", [HUMAN, GPT])),  # Magpie
+    (SUM, row("instruction input messages", "Sum", "1 2", SUM_TALK)),
+    (KIND, row("instruction context messages", " Hi?", "Be kind.", [SYSTEM, *ROUND])),
+    (TWO | {"finish": "length"}, row(f"{PREFERENCES} finish", "Hi?", "Hello.", "Yo", "length")),
     (KIND, {"system": "Be kind."} | PLAIN),
     (KIND, row("system_prompt question response", "Be kind.", "Hi?", "Hello.")),  # Orca
     (KIND, {"conversations": [SYSTEM, HUMAN, GPT]}),
@@ -101,6 +122,7 @@ def test_a_row_of_a_known_shape_is_the_pair_that_stands_in_it(pair, row):
 
 
 # (a part of the reason why a row cannot be used, such a row)
+UNTRAINED_PART = [{"type": "text", "text": "No.", "train": False}, {"type": "text", "text": "Yo"}]
 LEFT_OUT = [
     ("written as text", row(PREFERENCES, "Hi?", '[{"role": "user"}]', "[{'from': 'a'}]")),
     ("reasoning", {"messages": [USER, {**BOT, "thinking": "Hm."}]}),
@@ -137,6 +159,17 @@ LEFT_OUT = [
     ("no valid Unicode", row("prompt response", "Hi?", "\ud800")),
     ("prompt, empty response", row("prompt response", "Hi?", None)),
     ("empty messages", {"messages": []}),
+    ("not to be trained", {"messages": [USER, BOT | {"weight": 0}, MORE, OTHER | {"weight": 1}]}),
+    ("not to be trained", {"messages": [USER, BOT | {"train": False}]}),
+    ("not to be trained", {"conversations": [HUMAN, GPT | {"loss_weight": 0.0}]}),
+    ("not to be trained", {"messages": [USER, BOT | {"masked": True}]}),
+    ("not to be trained", {"messages": [USER, BOT | {"trainable": "false"}]}),
+    ("not to be trained", {"messages": [USER, BOT | {"loss": 0}]}),
+    ("not to be trained", {"messages": [USER, BOT | {"ignore_loss": True}]}),
+    ("not to be trained", {"messages": [USER, {"role": "assistant", "content": UNTRAINED_PART}]}),
+    ("beside its text", {"messages": [USER, BOT | {"function_calls": "f(1)"}]}),
+    ("not to be trained", row(PREFERENCES, [USER], [BOT | {"loss_mask": 0}], [OTHER])),
+    ("not to be trained", PLAIN | {"weight": 0}),
     ("no object", [1]),
     ("unknown shape", {"text": "Hi?"}),
 ]
@@ -156,13 +189,19 @@ def test_a_row_that_is_no_pair_is_left_out_by_its_reason(reason, row):
         ("input", "Ann is 7."),
         ("tools", [{"name": "f"}]),
         ("images", ["a.png"]),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("reasoning_effort", "high"),
+        ("xml_tools", "f"),
+        ("loss_mask", [0, 1]),
+        ("hint", "Hi"),  # "Hi?" does not repeat it
     ],
 )
 def test_a_column_of_the_prompt_that_would_be_lost_refuses_the_set(column, content, refused):
     line = refused(lambda: to_pair({**PLAIN, column: content}, "set.jsonl"))
     assert f"set.jsonl has the shape prompt/response, and {column} would be lost" in line
     empty = type(content)()
-    assert to_pair({**PLAIN, column: empty}, "set.jsonl")[0] == PAIR  # control: nothing in it
+    for nothing in (empty, {"enable_thinking": None, "tools": []}, NAN):
+        assert to_pair({**PLAIN, column: nothing}, "set.jsonl")[0] == PAIR  # control
 
 
 def test_columns_that_are_not_used_are_named():
@@ -188,8 +227,6 @@ def csv_text(rows=ROWS) -> str:
 
 def lay(folder, files: dict) -> str:
     """A folder with these files, {name: text, or rows as JSON lines or parquet}; its path."""
-    import datasets
-
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,20 +238,17 @@ def lay(folder, files: dict) -> str:
 
 
 def dataset():
-    import datasets
-
     return datasets.Dataset.from_list(ROWS)
 
 
 def write_splits(folder):
-    import datasets
-
     datasets.DatasetDict({"train": dataset(), "test": dataset().select([0])}).save_to_disk(folder)
 
 
 FILES = {
     "set.jsonl": jsonl_text(),
     "SET.JSONL": jsonl_text(),
+    "odd.jsonl": "\ufeff" + jsonl_text().replace("\n", "\r\n\n").replace("p", "\\u0070")[:-3],
     "set.jsonl.gz": gzip.compress(jsonl_text().encode()),
     "list.json": json.dumps(ROWS),
     "lines.json": jsonl_text(),
@@ -266,12 +300,8 @@ LIKE_NUMBERS = {
 
 
 @pytest.mark.parametrize("kind", LIKE_NUMBERS)
-def test_texts_like_numbers_or_dates_stay_as_they_are_though_the_library_would_change_them(
-    kind, tmp_path
-):
+def test_texts_like_numbers_or_dates_stay_though_the_library_changes_them(kind, tmp_path):
     """It finds the types of each file, and writes numbers as texts if another file has texts."""
-    import datasets
-
     first, second = LIKE_NUMBERS[kind]
     folder = lay(tmp_path / "set", {f"a.{kind}": first, f"b.{kind}": second})
     answers = [row["response"] for row in read_rows(folder)]
@@ -314,16 +344,35 @@ def test_a_folder_whose_files_could_be_taken_for_others_is_refused(word, files, 
     assert word in refused(lambda: read_rows(folder, "train"))
 
 
-def test_shards_named_as_the_hub_names_them_are_read_by_their_split(tmp_path):
-    shards = {
-        "data/train_sft-00000-of-00002-a3ecc92.parquet": ROWS[:4],
-        "data/train_sft-00001-of-00002-a3ecc92.parquet": ROWS[4:],
-        "data/train_gen-00000-of-00001-0f3e21a.parquet": ROWS[:1],
-        "data/test_sft-00000-of-00001-f7dfac4.parquet": ROWS[:2],
-    }
-    folder = lay(tmp_path, shards)
-    assert read_rows(folder, "train_sft") == ROWS
-    assert read_rows(folder, "test_sft") == ROWS[:2]
+def test_shards_named_as_the_hub_names_them_are_read_by_their_split(tmp_path, capsys):
+    hash_ = "-a3ecf92756993583"
+    for mark, where in (("", "data/"), (hash_, "data/"), (hash_, ""), ("", "default/")):
+        names = [f"{where}train_sft-0000{k}-of-00002{mark}.parquet" for k in range(2)]
+        rest = [f"{where}{name}-00000-of-00001{mark}.parquet" for name in ("test_sft", "train_gen")]
+        files = dict(zip([*names, *rest], [ROWS[:4], ROWS[4:], ROWS[:2], ROWS[:1]], strict=True))
+        folder = lay(tmp_path / f"of the hub {where} {mark}", files)
+        assert read_rows(folder, "train_sft") == ROWS
+        line = capsys.readouterr().out
+        assert f"train_sft is {', '.join(names)}; not read: {', '.join(rest)}\n" in line
+        assert read_rows(folder, "test_sft") == ROWS[:2]
+
+
+def test_the_files_of_a_folder_that_are_read_and_those_that_are_not_are_named(tmp_path, capsys):
+    names = ["train-en.jsonl", "train.jsonl", "train_extra.jsonl", "test.jsonl", ".cache/x.jsonl"]
+    folder = lay(tmp_path / ".hidden", dict.fromkeys(names, TALK))
+    assert read_rows(folder, "train") == TALK * 3
+    read = "train-en.jsonl, train.jsonl, train_extra.jsonl"
+    assert capsys.readouterr().out == f"{folder}: train is {read}; not read: test.jsonl\n"
+    folder = lay(tmp_path / "many", {f"{k:02}.jsonl": TALK for k in range(99)})
+    read_rows(folder, "train")
+    assert "04.jsonl, 05.jsonl, … (99 files); not read: none\n" in capsys.readouterr().out
+    read_rows(
+        lay(tmp_path / "sets", {"train_sft.jsonl": TALK, "train_gen.jsonl": ROWS}), "train_sft"
+    )
+    assert "train_sft is train_sft.jsonl; not read: train_gen.jsonl\n" in capsys.readouterr().out
+    other = ["more/x.jsonl.zst", "x.ndjson"]
+    read_rows(lay(tmp_path / "packed", {"train.jsonl": TALK, **dict.fromkeys(other, "")}), "train")
+    assert f"not read: {', '.join(other)}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
@@ -341,8 +390,6 @@ def test_a_saved_split_that_is_not_there_is_named_with_those_that_are(tmp_path, 
 
 
 def test_a_hub_set_is_loaded_with_its_configuration(monkeypatch):
-    import datasets
-
     asked = []
 
     def load_dataset(*arguments, split):
@@ -421,6 +468,21 @@ def test_what_is_left_out_is_counted_by_rule(tokenizer):
     }
 
 
+def test_rows_of_several_shapes_with_ids_of_their_own_are_the_pairs_of_plain_rows(tokenizer):
+    mixed = [
+        PLAIN | {"prompt": "p 0", "id": 1},
+        {"question": "p 1", "answer": "Hello.", "id": 1},
+        {"messages": [said("user", "p 2"), BOT, MORE]},
+        row(f"id iter {PAIRS}", "x", 7, "p 3", "Hello.", "y"),
+    ]
+    plain = [{"prompt": f"p {i}", "response": "Hello."} for i in range(4)]
+    found, wanted = (
+        [(pair["id"], pair["prompt"], pair["real"]) for pair in selected(rows, tokenizer)[0]]
+        for rows in (mixed, plain)
+    )
+    assert found == wanted and len(found) == 4
+
+
 def test_with_a_template_of_special_tokens_text_that_spells_one_is_left_out_and_counted(tokenizer):
     rows = rows_of(2) + [{"prompt": "what is </s>?", "response": "r"}]
     _, counts = selected(rows, tokenizer, recipe=replace(SHORT, template="{prompt}</s>A:"))
@@ -429,22 +491,98 @@ def test_with_a_template_of_special_tokens_text_that_spells_one_is_left_out_and_
     assert counts["text of a special token"] == 0  # the paper's template is plain text
 
 
-def test_a_prompt_of_no_tokens_is_left_out_since_nothing_would_predict_the_answers_first_token():
-    core = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))  # drops what it does not know
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
-    rows = [{"prompt": "zz", "response": "a"}, {"prompt": "ab", "response": "b"}]
-    pairs, counts = selected(rows, tok, recipe=replace(SHORT, template="{prompt}"))
-    assert [p["prompt_ids"] for p in pairs] == [[0, 1]]
-    assert counts["prompt of no tokens"] == 1
+NO_TOKEN = "text that the tokenizer has no token for"
+NUMBERS = {"</s>": 0, "<unk>": 1, "a": 2, "b": 3, " ": 4}
+AS_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LATIN = trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False)
 
 
-def test_a_set_of_which_nothing_is_usable_is_refused_with_the_counts_or_its_fields(
-    tokenizer, refused
-):
+def core_with(model, cut=None, decoder=None, lines=None) -> Tokenizer:
+    core = Tokenizer(model)
+    core.pre_tokenizer, core.decoder = cut, decoder
+    if lines:
+        core.train_from_iterator(lines, LATIN)
+    return core
+
+
+# tokenizers that know "a" and "b" alone: what they make of another character
+POOR = {
+    "nothing": core_with(models.BPE(NUMBERS, [])),
+    "an unknown token": core_with(models.BPE(NUMBERS, [], unk_token="<unk>")),
+    "an error": core_with(models.WordLevel(NUMBERS), pre_tokenizers.WhitespaceSplit()),
+    "an unknown word": core_with(models.WordLevel(NUMBERS, "<unk>"), pre_tokenizers.Whitespace()),
+    "some of its bytes": core_with(models.BPE(), AS_BYTES, decoders.ByteLevel(), ["a b é"]),
+    "an unknown piece": core_with(
+        models.Unigram([("</s>", 0), ("<unk>", 0), ("a", -1), ("b", -1)], 1)
+    ),
+}
+RICH = core_with(models.BPE(), AS_BYTES, decoders.ByteLevel())
+ALL_BYTES = trainers.BpeTrainer(
+    special_tokens=["<eot>"], initial_alphabet=AS_BYTES.alphabet(), show_progress=False
+)
+RICH.train_from_iterator(["a b"], ALL_BYTES)
+
+
+@pytest.mark.parametrize("name", POOR)
+def test_text_for_which_the_tokenizer_has_no_token_is_left_out_and_counted(name):
+    tok = PreTrainedTokenizerFast(tokenizer_object=POOR[name], eos_token="</s>")
+    rows = [{"prompt": "a", "response": "本"}, {"prompt": "b 本", "response": "b"}]
+    rows += [{"prompt": "a", "response": "b", "system": "è"}, {"prompt": "a b", "response": "b"}]
+    wanted = replace(SHORT, template="{prompt}" if name != "an error" else "{prompt} a")
+    pairs, counts = selected(rows, tok, recipe=wanted)
+    assert [pair["prompt"] for pair in pairs] == ["a b"] and counts[NO_TOKEN] == 3
+    # control: with all bytes; its unknown token is its EOS, as of GPT-2, and text alone is none
+    same = dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<eot>")
+    rich = PreTrainedTokenizerFast(tokenizer_object=RICH, **same)
+    pairs, counts = selected([*rows, row("prompt response", "x", "<eot>")], rich, recipe=wanted)
+    assert len(pairs) == 5 and NO_TOKEN not in counts
+
+
+def test_text_that_a_normalizer_writes_otherwise_is_not_lost():
+    core = copy.deepcopy(RICH)
+    core.normalizer = normalizers.NFKC()
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eot>")
+    rows = [{"prompt": f"{k}", "response": x} for k, x in enumerate(("Acme™", "20 ℃", "𝐀bc", "é"))]
+    assert NO_TOKEN not in selected(rows, tok, recipe=replace(SHORT, template="{prompt}"))[1]
+
+
+def test_a_letter_of_the_demo_that_it_does_not_know_leaves_out_its_row(tokenizer):
+    rows = [
+        *rows_of(2),
+        *({"prompt": "Name a day", "response": x} for x in ("本日", "t\ti", "e\u0301")),
+    ]
+    assert selected(rows, tokenizer)[1] == {"read": 5, NO_TOKEN: 3}
+
+
+UNSEEN = ["\u200b", "\ufeff \u2060", "\u00ad\ufe0f", "\u3164", "\u2800\n", "\u202e\u0301", "\x00"]
+UNSEEN += ["\u2065", "\ue000", "\ufffc"]
+
+
+@pytest.mark.parametrize("text", UNSEEN)
+def test_a_text_of_which_nothing_can_be_seen_counts_as_empty(text, tokenizer):
+    rows = [row("prompt response", *texts) for texts in (("p", text), (text, "r"), ("p", "r"))]
+    pairs, counts = selected(rows, tokenizer)
+    assert len(pairs) == 1 and counts["empty prompt or response"] == 2
+    assert not is_blank(text + "é") and not is_blank("本") and not is_blank("🙂")  # control
+
+
+def test_a_set_without_a_usable_row_is_refused_with_the_counts_or_its_fields(tokenizer, refused):
     rows = [{"prompt": "", "response": "x"}] * 2
     assert "empty prompt or response: 2" in refused(lambda: selected(rows, tokenizer))
     line = refused(lambda: selected([{"text": "a", "label": 1}], tokenizer))
     assert "text, label" in line and "instruction/output" in line and "set holds no" in line
+
+
+@pytest.mark.parametrize("columns", ["prompt real generated finish", f"{PREFERENCES} finish"])
+def test_an_answer_cut_off_gets_no_end_of_turn_from_text_alone(columns, tokenizer, tmp_path):
+    ends = ("length", "eos", None)
+    rows = [row(columns, f"p {end}", "tin", "kola", end) for end in ends]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    codec = make_codec(tokenizer, "paper")
+    pairs, _ = select_pairs([str(tmp_path / "pairs.jsonl")], codec, SHORT)
+    pairs = encode_pairs([{**pair, "iter": 0} for pair in pairs], codec, SHORT)
+    last = [[pair[half][0][-1] == codec.eot_id for half in ("real", "generated")] for pair in pairs]
+    assert last == [[True, False], [True, True], [True, True]]
 
 
 def test_an_sft_set_that_has_answers_of_an_opponent_too_is_not_judged_by_them(tokenizer):
@@ -452,7 +590,8 @@ def test_an_sft_set_that_has_answers_of_an_opponent_too_is_not_judged_by_them(to
     bare = [{"prompt": f"Spell {w}", "response": w} for w in ("tin", "kola", "bel", "amu")]
     poor = []
     for row, answer in zip(bare, ("", "</s>", " ", "x"), strict=True):
-        poor.append({"prompt": row["prompt"], "real": row["response"], "generated": answer})
+        theirs = {"generated": answer, "generated_ids": [5]}
+        poor.append({"prompt": row["prompt"], "real": row["response"], **theirs})
     ids = [[pair["id"] for pair in selected(rows, tokenizer)[0]] for rows in (bare, poor)]
     assert ids[0] == ids[1] and len(ids[0]) == 4
     poor[3]["real"] = ""  # control
@@ -469,8 +608,6 @@ def test_every_row_that_cannot_be_used_is_counted_by_its_reason_among_others(tok
 
 
 def test_a_set_with_unusable_rows_trains_on_the_others_and_says_why(tmp_path, capsys):
-    from spin.report import page
-
     reasons = ["tool calls", "without text", "no prompt first"]
     bad = [row for reason, row in LEFT_OUT if reason in reasons]
     write_jsonl(tmp_path / "set.jsonl", rows_of(36) + bad)
@@ -485,24 +622,3 @@ def test_a_set_with_unusable_rows_trains_on_the_others_and_says_why(tmp_path, ca
     page.main(["--recipe", "demo", "--run", str(run)])
     text = (run / "report.html").read_text()
     assert all(word in text for word in (f"read: {36 + len(bad)}", *reasons))
-
-
-def test_answers_sampled_elsewhere_are_trained_on(tmp_path, tokenizer, refused):
-    """As docs/data.md says: written by hand, with no other file of generate.py."""
-    end = tokenizer.eos_token_id
-    rows = []
-    for i, word in enumerate(("tin", "kola", "amu")):
-        ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-        row = {"id": i, "iter": 0, "prompt": f"Spell {word}", "real": "-".join(word)}
-        row |= {"generated": word, "generated_ids": [*ids, end], "finish": "eos"}
-        rows.append(row)
-    folder = tmp_path / "run" / "iter0"
-    folder.mkdir(parents=True)
-    write_jsonl(folder / "generated.jsonl", rows)
-    stage("train", tmp_path / "run", "--iter", 0)
-    assert len(list(read_jsonl(folder / "opponent.jsonl"))) == 3 and (folder / "model").is_dir()
-    # control: ids that do not end as `finish` says
-    other = tmp_path / "other" / "iter0"
-    other.mkdir(parents=True)
-    write_jsonl(other / "generated.jsonl", [{**rows[0], "finish": "length"}])
-    assert "finish" in refused(lambda: stage("train", tmp_path / "other", "--iter", 0))

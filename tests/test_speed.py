@@ -17,8 +17,6 @@ from spin.recipe import Recipe
 from spin.run.folders import Iteration
 from spin.run.ranks import process_group
 
-# ---- each prompt once ----------------------------------------------------------------------------
-
 P, R, G = 200, 300, 200  # tokens of prompt, real and generated answer
 
 
@@ -43,9 +41,7 @@ def test_the_blocks_multiply_each_prompt_once(backward):
 
 
 @pytest.mark.parametrize("lengths", [(P, R, G), (900, 20, 30), (5, 300, 200)])
-def test_attention_asks_no_more_of_padded_rows_than_a_batch_of_whole_sequences(
-    lengths, monkeypatch
-):
+def test_attention_asks_no_more_of_padded_rows_than_a_batch_of_sequences(lengths, monkeypatch):
     asked = []
 
     def counting(q, k, v, **kwargs):
@@ -60,9 +56,6 @@ def test_attention_asks_no_more_of_padded_rows_than_a_batch_of_whole_sequences(
         sequence_logps(model, **packed_pairs(pairs, "spin", "cpu"))
     longest = max(len(pair[half][0]) for pair in pairs for half in ("real", "generated"))
     assert sum(asked) <= 2 * 2 * len(pairs) * longest**2  # two layers, two sequences a pair
-
-
-# ---- waits ---------------------------------------------------------------------------------------
 
 
 class Waits(TorchDispatchMode):
@@ -104,9 +97,7 @@ def waits_of_a_step(pairs_in_each: int, micro_batches: int, tmp_path) -> int:
 
 
 @pytest.mark.parametrize("waits", [0, 1])
-def test_a_micro_batch_asks_for_no_number_whatever_the_number_of_pairs(
-    waits, tmp_path, monkeypatch
-):
+def test_a_micro_batch_asks_for_no_number_of_however_many_pairs(waits, tmp_path, monkeypatch):
     spin_loss = train.spin_loss
 
     def waiting(*args):

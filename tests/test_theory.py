@@ -6,13 +6,9 @@ The loss is that of loss.py, which trains models.
 import functools
 import itertools
 import math
-import sys
 
 import pytest
 import torch
-from conftest import REPO
-
-sys.path.insert(0, str(REPO / "demo"))
 from theory import (
     HALF_CARELESS,
     QUARTER_CARELESS,
@@ -92,9 +88,7 @@ def test_if_the_opponent_is_the_data_the_gradient_vanishes_and_nothing_is_below_
 
 
 @pytest.mark.parametrize("ell", MEET_5_1)
-def test_if_the_opponent_is_not_the_data_the_slope_is_ells_times_both_kls_and_some_lambda_gains(
-    ell,
-):
+def test_if_the_opponent_is_not_the_data_the_slope_is_ells_times_both_kls(ell):
     def g(lam):  # g(λ) of the proof: the policy is p_data
         return expected_loss(DATA, START, DATA, lam, ell)
 
@@ -159,9 +153,7 @@ def test_the_minimum_over_free_f_is_log_2_minus_jsd_reached_at_the_log_ratio_plu
 
 
 @pytest.mark.parametrize("lam", LAMBDAS)
-def test_the_ideal_opponent_is_the_opponent_times_exp_of_f_over_lambda_and_the_trained_policy(
-    lam,
-):
+def test_the_ideal_opponent_is_the_opponent_times_exp_of_f_over_lambda(lam):
     def objective(p, f):  # Eq. (4.3)
         return (p.exp() * f).sum(-1).mean() - lam * kl(p, START)
 
@@ -188,9 +180,7 @@ def test_the_ideal_opponent_is_the_opponent_times_exp_of_f_over_lambda_and_the_t
 
 
 @pytest.mark.parametrize("lam", [0.1, 1.0])
-def test_the_first_expected_spin_gradient_is_lambda_half_times_sfts_if_y_is_sampled_exactly(
-    model, lam
-):
+def test_the_first_expected_spin_gradient_is_lambda_half_times_sfts(model, lam):
     table = tabulate(model).detach()
     before = tabulate(transformer(1)).detach()
     half_before = (table.exp() / 2 + before.exp() / 2).log()
@@ -219,9 +209,7 @@ def gradients_of_pairs(model, few, lam) -> torch.Tensor:
 
 
 @pytest.mark.long
-def test_the_generated_response_adds_noise_of_lambda_squared_over_4_that_falls_with_the_batch(
-    model,
-):
+def test_the_generated_response_adds_noise_that_falls_with_the_batch(model):
     lam = 0.7
     s = scores(model).detach()
     table = tabulate(model).detach()
@@ -299,9 +287,7 @@ def product(start, data, a) -> torch.Tensor:
 
 @pytest.mark.parametrize("lam", [0.7, 1.0, 2.0, 5.0, 20.0])
 @pytest.mark.parametrize("start, data", [(START, DATA), (HALF_CARELESS, QUARTER_WRONG)])
-def test_t_exact_iterations_are_the_product_of_p_0_and_p_data_to_powers_that_add_up_to_1(
-    start, data, lam
-):
+def test_t_exact_iterations_are_the_product_of_p_0_and_p_data_to_powers(start, data, lam):
     policy, a = start, 1.0
     for t in range(1, 7):
         policy, a = theorem_5_4(policy, data, lam), a * (1 - 1 / lam)

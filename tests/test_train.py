@@ -14,15 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import train
 from loss import sequence_logps
-from spin.data.pairs import batches, encode_pairs, micro_batches
+from spin.data.pairs import batches, encode_pairs
 from spin.data.text import load_codec
 from spin.files import read_jsonl, write_jsonl
 from spin.model import checkpoint
-from spin.model import weights as models
 from spin.model.packing import pack
-from spin.recipe import ITER, Recipe, parse
+from spin.recipe import ITER, parse
 from spin.run.folders import starting_model
-from spin.run.ranks import World
 
 
 def metrics(folder):
@@ -79,17 +77,13 @@ def test_dropout_is_off_while_scoring_and_training(played, tmp_path):
     assert not torch.equal(wet(ids).logits, wet(ids).logits)
 
 
-def test_in_bf16_the_first_margin_is_zero_too_for_the_opponent_saw_the_same_micro_batches(
-    played, tmp_path
-):
+def test_in_bf16_the_first_margin_is_zero_too_by_the_same_micro_batches(played, tmp_path):
     run = fresh(played, tmp_path)
     stage("train", run, "--iter", 0, "--dtype", "bf16")
     assert metrics(run / "iter0")[0]["margin_std"] == 0
 
 
 def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(played, model):
-    """Each score of opponent.jsonl, of every pair, is θ_t's: that of the model that iteration 1
-    started from."""
     theta_1 = load(played / "iter0" / "model")
     theta_2 = load(played / "iter1" / "model")
     _, pairs = recipe_and_pairs(played, 1)
@@ -104,9 +98,7 @@ def test_scores_are_those_of_the_starting_model_and_do_not_change_with_training(
                 assert not torch.allclose(sequence_logps(other, **batch), wanted, atol=1e-4)
 
 
-def test_after_the_opponents_pass_the_model_is_sharded_again_and_training_moves_its_weights(
-    played, tmp_path, monkeypatch
-):
+def test_after_the_opponents_pass_the_model_is_sharded_again(played, tmp_path, monkeypatch):
     """FSDP2 leaves the root unsharded after a pass without gradient; an update would then miss the
     weights in use."""
     seen = []
@@ -175,16 +167,9 @@ def test_the_losses_are_those_of_algorithm_1_written_out_in_plain_pytorch(played
 
 
 @pytest.mark.parametrize(
-    "ranks, flags",
-    [
-        (2, []),
-        (2, ["--offload"]),
-        (4, ["--replicas", "2", "--recompute"]),
-    ],
+    "ranks, flags", [(2, []), (2, ["--offload"]), (4, ["--replicas", "2", "--recompute"])]
 )
-def test_any_number_of_ranks_gives_the_losses_of_one_process_and_its_model(
-    played, tmp_path, ranks, flags
-):
+def test_any_number_of_ranks_gives_losses_and_model_of_one_process(played, tmp_path, ranks, flags):
     run = fresh(played, tmp_path / "run")
     code, err = on_ranks(ranks, lambda: stage("train", run, "--iter", 0, *flags), tmp_path)
     assert code == 0, err
@@ -206,29 +191,6 @@ def moved(played):
     return distance(played / "iter0", THETA0.parent, "theta0")
 
 
-def test_every_pair_is_seen_once_an_epoch_on_any_number_of_ranks_with_as_many_passes_each():
-    pairs = []
-    for i in range(29):
-        real = list(range(1 + i * i % 17))
-        generated = [0] * (1 + i % 5)
-        pairs.append({"real": (real, 0), "generated": (generated, 0), "shared": 0})
-
-    def size(rows):
-        return sum(len(row["real"][0]) + len(row["generated"][0]) for row in rows)
-
-    recipe = Recipe(batch_size=10, micro_tokens=30)
-    for ranks in (1, 2, 3, 8):
-        worlds = [World(rank, ranks, None) for rank in range(ranks)]
-        for batch in batches(29, recipe, 0, 0):
-            shares = [list(micro_batches(batch, pairs, recipe, world)) for world in worlds]
-            assert len({len(share) for share in shares}) == 1
-            seen = []
-            for rows, weight in itertools.chain.from_iterable(shares):
-                seen += [id(row) for row in rows if weight]
-                assert size(rows) <= 30 or len(rows) == 1
-            assert sorted(seen) == sorted(id(pairs[i]) for i in batch)
-
-
 # ---- resume --------------------------------------------------------------------------------------
 
 
@@ -240,39 +202,33 @@ def killed(*args):
     raise Killed
 
 
+MOMENTS = {
+    "step": (train, "clip_gradients"),
+    "checkpoint": (checkpoint, "save_checkpoint"),
+    "export": (train, "export"),
+}
+
+
 def die_at(moment, monkeypatch):
-    """Let train.py die in a step, while it writes a checkpoint, or while it exports."""
-    what, _, when = moment.partition(" ")
-    clip = train.clip_gradients
-    save = checkpoint.save_checkpoint
-    calls = []
+    """Let train.py die in its third step, while it writes its second checkpoint, or in the export:
+    moment is "step 3", "checkpoint 2" or "export 1"."""
+    what, _, number = moment.partition(" ")
+    real, calls = getattr(*MOMENTS[what]), []
 
-    def in_step(*args):
+    def dying(*args):
         calls.append(1)
-        if len(calls) == int(when):
-            raise Killed
-        return clip(*args)
-
-    def in_checkpoint(iteration, step, *args):
-        if step == int(when):
-            part = iteration.folder / "checkpoint" / f"{step}.part"
-            part.mkdir(parents=True)  # begun, not finished
-            raise Killed
-        return save(iteration, step, *args)
-
-    def in_export(model, tokenizer, folder, *arguments):
-        folder.with_name("model.part").mkdir()
+        if len(calls) < int(number):
+            return real(*args)
+        if what == "checkpoint":  # begun, not finished
+            (args[0].folder / "checkpoint" / f"{args[1]}.part").mkdir(parents=True)
+        if what == "export":
+            args[2].with_name("model.part").mkdir()
         raise Killed
 
-    if what == "step":
-        monkeypatch.setattr(train, "clip_gradients", in_step)
-    elif what == "checkpoint":
-        monkeypatch.setattr(checkpoint, "save_checkpoint", in_checkpoint)
-    else:
-        monkeypatch.setattr(train, "export", in_export)
+    monkeypatch.setattr(*MOMENTS[what], dying)
 
 
-@pytest.mark.parametrize("moment", ["step 3", "checkpoint 4", "export"])
+@pytest.mark.parametrize("moment", ["step 3", "checkpoint 2", "export 1"])
 def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypatch, moment):
     run = fresh(played, tmp_path, (0, 1))
     die_at(moment, monkeypatch)
@@ -290,11 +246,7 @@ def test_a_killed_iteration_resumes_to_the_same_bytes(played, tmp_path, monkeypa
     assert not (run / "iter1" / "checkpoint").exists()
 
 
-def test_a_run_begun_on_two_ranks_goes_on_with_one_on_the_same_batches(
-    played, tmp_path, monkeypatch
-):
-    """Killed after the checkpoint of step 4: the losses are those of the undisturbed run on one
-    rank."""
+def test_a_run_begun_on_two_ranks_goes_on_with_one(played, tmp_path, monkeypatch):
     run = fresh(played, tmp_path / "run")
     save = checkpoint.save_checkpoint
 
@@ -314,9 +266,7 @@ def test_a_run_begun_on_two_ranks_goes_on_with_one_on_the_same_batches(
     assert distance(run / "iter0", played / "iter0") < 0.02 * moved(played)
 
 
-def test_the_opponents_scores_are_used_again_for_the_same_model_and_pairs_only(
-    played, tmp_path, monkeypatch
-):
+def test_the_opponents_scores_are_used_again_for_their_pairs_only(played, tmp_path, monkeypatch):
     run = fresh(played, tmp_path / "run")
     calls = []
     real = train.score_opponent
@@ -354,9 +304,6 @@ def test_a_checkpoint_of_other_pairs_is_refused(played, tmp_path, monkeypatch, r
     assert "other pairs" in refused(lambda: stage("train", run, "--iter", 0))
 
 
-# ---- the rate ------------------------------------------------------------------------------------
-
-
 def test_warmup_and_decay_span_the_steps_that_are_taken():
     rates = [train.learning_rate(s, 20, 1.0, 0.1) for s in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0 * 18 / 19]
@@ -389,39 +336,7 @@ def test_the_sft_baseline_takes_the_same_steps_on_the_same_batches(played, tmp_p
     assert not (run / "iter0" / "model").exists()
 
 
-def test_the_authors_published_pairs_are_trained_on_without_generating(tmp_path):
-    def talk(question, answer):
-        turns = (("user", question), ("assistant", answer))
-        return [{"role": role, "content": content} for role, content in turns]
-
-    path = tmp_path / "pairs.jsonl"
-    words = [(f"Twice {word}", word) for word in ("tin", "kola", "bel", "amu")]
-    write_jsonl(path, [{"real": talk(x, y + y), "generated": talk(x, y)} for x, y in words])
-    stage("train", tmp_path / "run", "--iter", 0, "--pairs", path)
-    log = metrics(tmp_path / "run" / "iter0")
-    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and len(log) == 2
-    assert load(tmp_path / "run" / "iter0" / "model")
-
-
-@pytest.mark.parametrize("flag", ["--recompute", "--offload"])
-def test_what_saves_memory_does_not_change_the_result(flag, played, tmp_path, monkeypatch):
-    run = fresh(played, tmp_path)
-    wrapped = []
-    real = train.train
-
-    def watched(model, *rest):
-        wrapped.append(sum(isinstance(m, models.wrap.CheckpointWrapper) for m in model.modules()))
-        return real(model, *rest)
-
-    monkeypatch.setattr(train, "train", watched)
-    stage("train", run, "--iter", 0, flag)
-    assert wrapped == [3 if flag == "--recompute" else 0]  # the demo model's blocks
-    assert distance(run / "iter0", played / "iter0") < 1e-4 * moved(played)
-
-
 def test_another_runs_generated_jsonl_is_trained_on_with_its_ids_as_they_are(played, tmp_path):
-    """By --pairs: the same weights as the run that sampled it, answers cut off without EOS
-    included."""
     rows = list(read_jsonl(played / "iter0" / "generated.jsonl"))
     cut = next(row for row in rows if len(row["generated_ids"]) > 4)
     cut.update(generated_ids=cut["generated_ids"][:3], finish="length")

@@ -4,14 +4,11 @@ import dataclasses
 import json
 import math
 import random
-import sys
 
 import pytest
+import train_vs_trl
 from conftest import MICRO, REPO, THETA0, stage
 from test_data import talk
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-import train_vs_trl
 
 import train
 from spin.data.pairs import encode_pairs
@@ -58,9 +55,7 @@ def preferences(tmp_path_factory):
 
 
 def test_dpo_from_the_same_texts_has_trls_losses(tmp_path, preferences, tokenizer):
-    """Each side reads the file and tokenises for itself.
-
-    That is the template, BOS, EOS, the space before the answer, and the mask."""
+    """Each side reads the file and tokenises for itself."""
     flags = ["--batch-size", "8", "--epochs", "1", "--micro-tokens", "128", "--iter", "0"]
     flags += [*DPO, "--pairs", str(preferences)]
     recipe, args = parse([*MICRO, *flags], "", ITER, train.PAIRS)

@@ -2,16 +2,16 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import MICRO, REPO, THETA0, load, stage, torchrun
-from families import tiny
+import train_vs_trl
+from conftest import THETA0, load, on_ranks, stage
+from families import save, tiny, tiny_multimodal
 from safetensors.torch import load_file, save_file
 from test_train import fresh
 from torch.distributed.checkpoint import state_dict as states
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import train
 from spin.data.pairs import share_prompts
@@ -20,9 +20,6 @@ from spin.model.packing import packed
 from spin.recipe import Recipe
 from spin.run.folders import Iteration
 from spin.run.ranks import process_group
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-import train_vs_trl
 
 # what two ranks are asked, and what one rank is asked to compare with
 CASES = {
@@ -96,7 +93,6 @@ def load_and_train(case: str, folder, world, make_room=weights.make_room) -> dic
 
 
 def on_every_rank(folder):
-    """What the script below runs, under torchrun."""
     with process_group() as world:
         found = {case: load_and_train(case, folder, world) for case in CASES}
         for case in CONTROLS:
@@ -110,14 +106,8 @@ def both(tmp_path_factory):
     """(what one rank finds in each case, what each of two ranks does), and the models' folder."""
     folder = tmp_path_factory.mktemp("loading")
     make_models(folder)
-    script = folder / "script.py"
-    places = [str(REPO), str(REPO / "tests"), str(REPO / "benchmarks")]
-    script.write_text(f"""import sys; sys.path[:0] = {places!r}
-from pathlib import Path
-import test_weights
-test_weights.on_every_rank(Path({str(folder)!r}))""")
-    done = torchrun(2, script)
-    assert done.returncode == 0, done.stderr
+    code, err = on_ranks(2, lambda: on_every_rank(folder), folder)
+    assert code == 0, err
     with process_group() as world:
         one = {case: load_and_train(case, folder, world) for case in CASES}
     return one, [torch.load(folder / f"rank {rank}") for rank in range(2)], folder
@@ -218,12 +208,12 @@ def test_weights_that_rank_0_cannot_read_end_both_ranks_in_one_line(played, tmp_
     state = load_file(file)
     del state["model.norm.weight"]
     save_file(state, file, metadata={"format": "pt"})
-    flags = ["--run-dir", run, "--iter", "0", "--model", tmp_path / "theta"]
-    done = torchrun(2, "train.py", *MICRO, *flags)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    flags = ["--iter", 0, "--model", tmp_path / "theta"]
+    code, err = on_ranks(2, lambda: stage("train", run, *flags), tmp_path)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1, err
     assert "missing keys ['model.norm.weight']" in lines[0]
-    assert "has left" not in done.stderr and not (run / "iter0" / "opponent.jsonl").exists()
+    assert "has left" not in err and not (run / "iter0" / "opponent.jsonl").exists()
 
 
 def test_the_next_model_is_exported_in_fp32_with_its_tokenizer_and_generation_config(played):
@@ -236,15 +226,14 @@ def test_the_next_model_is_exported_in_fp32_with_its_tokenizer_and_generation_co
     start = load_file(THETA0 / "model.safetensors")
     assert set(state) == set(start) and any(not torch.equal(state[k], start[k]) for k in state)
     model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config._attn_implementation == "sdpa"  # not packed_attention
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("### Instruction: Twice kola\n\n### Response:", return_tensors="pt")
     answer = model.generate(**ids, max_new_tokens=20, do_sample=False)[0]
     assert "kolakola" in tokenizer.decode(answer)
 
 
-def test_a_bf16_model_is_trained_with_fp32_master_weights_and_keeps_its_generation_config(
-    played, tmp_path
-):
+def test_a_bf16_model_is_trained_in_fp32_and_keeps_its_generation_config(played, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(THETA0).save_pretrained(tmp_path / "half")
@@ -259,3 +248,49 @@ def test_a_bf16_model_is_trained_with_fp32_master_weights_and_keeps_its_generati
     # control: weights in bf16 would not have moved at all
     assert (a != b.bfloat16().float()).float().mean() < 0.1
     assert GenerationConfig.from_pretrained(exported).repetition_penalty == 1.5
+
+
+def test_a_model_that_cannot_be_read_back_gets_no_name(played, tmp_path, monkeypatch, capsys):
+    run = fresh(played, tmp_path / "run")
+    save_all = PreTrainedModel.save_pretrained
+
+    def save_fewer(model, folder, state_dict):
+        del state_dict["model.norm.weight"]
+        save_all(model, folder, state_dict=state_dict)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", save_fewer)
+        with pytest.raises(SystemExit) as stop:
+            stage("train", run, "--iter", 0)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("error: ")
+    assert "missing keys ['model.norm.weight']; transformers cannot read what it saved" in line
+    assert not (run / "iter0" / "model").exists() and (run / "iter0" / "checkpoint").exists()
+    stage("train", run, "--iter", 0)  # the control, from the last checkpoint
+    ours, theirs = (r / "iter0" / "model" / "model.safetensors" for r in (run, played))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+LOST = {  # a family, what its file holds besides, and how it is named
+    "Qwen3.5": ((), "model.visual (21 tensors)"),
+    "DeepSeek-V3": (
+        ("model.layers.61.eh_proj", "model.layers.61.norm"),
+        "model.layers.61 (2 tensors)",
+    ),
+    "GPT-2": (("transformer.h.0.attn.bias", "transformer.h.1.attn.bias"), None),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_checkpoint_has_and_theta_1_will_lack_is_named_once(name, tmp_path, capsys):
+    """A vision tower; a layer for the token after next. The causal masks of GPT-2 are no loss."""
+    more, named = LOST[name]
+    theta_0 = save(tiny_multimodal(name) if name == "Qwen3.5" else tiny(name), tmp_path / "theta")
+    held = load_file(theta_0 / "model.safetensors") | {n: torch.zeros(2) for n in more}
+    save_file(held, theta_0 / "model.safetensors", metadata={"format": "pt"})
+    said = f"warning: {theta_0} has parts that its causal model lacks, and so will theta_1: {named}"
+    for t, part in ((0, "generate"), (0, "train"), (1, "generate")):
+        capsys.readouterr()
+        stage(part, tmp_path / "run", "--iter", t, "--model", theta_0, "--max-new-tokens", 8)
+        lines = [x for x in capsys.readouterr().err.splitlines() if "theta_1" in x]
+        assert lines == ([said] if named and t == 0 else [])

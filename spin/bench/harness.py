@@ -23,7 +23,8 @@ def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None) -> 
     """Print lm_eval's results for the model; rank 0 returns them, for benchmarks.json.
     asked: paper, extra, or names of lm_eval's tasks, groups and tags. Call it outside
     process_group(): lm_eval joins the ranks itself."""
-    if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
+    size = os.environ.get("WORLD_SIZE", "1")
+    if os.environ.get("LOCAL_WORLD_SIZE", size) != size:
         fail("--tasks runs on one node: lm_eval does not share questions between nodes")
     load_codec(policy, recipe)  # refuses what is no causal language model
     lm_eval = import_lm_eval()
@@ -45,7 +46,7 @@ def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None) -> 
         revision=recipe.revision_of(policy) or "main",
         dtype=compute_dtype(recipe.dtype, device),
         device=str(device),
-        batch_size=8,  # their logits, 8 × 2,048 × a vocabulary of 32,000, are 1 GB in bf16
+        batch_size=batch_that_fits(config.vocab_size),
         use_safetensors=True,
     )
     how = {"limit": limit, "log_samples": False, "task_manager": manager}
@@ -59,6 +60,11 @@ def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None) -> 
     if dist.is_initialized():
         dist.destroy_process_group()  # lm_eval's
     return {"model": policy, "limit": limit, "tasks": found} if found else None
+
+
+def batch_that_fits(vocabulary: int) -> int:
+    """Questions in a pass of 2,048 tokens each, whose logits take about 1 GB in bf16; at most 8."""
+    return min(8, max(1, 2**29 // (2048 * vocabulary)))
 
 
 def import_lm_eval():

@@ -25,9 +25,10 @@ def encode_pairs(rows, codec: Codec, recipe) -> list[dict]:
         pair = {"id": row["id"], "iter": row["iter"], "index": len(pairs), "shared": 0}
         # sampled ids are taken as they are: decoding loses how they were split
         sampled = row.get("generated_ids", row["generated"])
-        for half, response in (("real", row["real"]), ("generated", sampled)):
+        ended = row.get("finish") != "length"  # else its text gets no end of turn, either
+        for half, response, eos in (("real", row["real"], True), ("generated", sampled, ended)):
             try:
-                ids, mask = encode(codec, row, response, recipe.max_length)
+                ids, mask = encode(codec, row, response, recipe.max_length, eos)
             except Unusable as problem:
                 fail(f"{name}: {problem}")
             pair[half] = np.array(ids, np.int32), np.array(mask, np.int8)
@@ -63,10 +64,8 @@ def packed_pairs(pairs, objective: str, device) -> dict:
     if objective == "sft":
         return pack(real, device)
     n = len(pairs)
-    shared = [(k, 0) for k in range(2 * n)]
-    for k, pair in enumerate(pairs):
-        if pair["shared"]:
-            shared[n + k] = k, pair["shared"]
+    shared = [(k, 0) for k in range(n)]
+    shared += [(k if pair["shared"] else n + k, pair["shared"]) for k, pair in enumerate(pairs)]
     return pack(real + [pair["generated"] for pair in pairs], device, shared)
 
 

@@ -6,9 +6,12 @@ datasets only says which files of a folder belong to a split. If it read them, i
 answer "1.50" as "1.5" where other answers are words."""
 
 import csv
+import glob
 import gzip
 import json
+import os
 import re
+import unicodedata
 from pathlib import Path
 
 from spin.files import fail, locate, read_jsonl
@@ -17,10 +20,10 @@ from spin.files import fail, locate, read_jsonl
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 WANTED = "a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub id is wanted"
+# what may hold rows, though we may not read it
+DATA = r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|zip|tar)(\.(gz|zst|bz2|xz|lz4))?$"
 # in the name of a file that is not for training
-HELD_OUT = re.compile(
-    r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?|held|(held|hold)out)(?![a-z])", re.I
-)
+HELD_OUT = r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?|held(out)?|holdout)(?![a-z])"
 
 
 def read_rows(source: str, split: str = "train"):
@@ -41,9 +44,8 @@ def read_rows(source: str, split: str = "train"):
 
             name, _, config = source.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split)
-    except Exception as problem:  # of the hub client, pyarrow, json: many kinds
-        cause = f"{type(problem).__name__}: {str(problem)[:300]}"
-        fail(f"cannot read {source} (split {split}): {cause}")
+    except Exception as cause:  # of the hub client, pyarrow, json: many kinds
+        fail(f"cannot read {source} (split {split}): {type(cause).__name__}: {str(cause)[:300]}")
     if not any(isinstance(row, dict) for row in rows):
         fail(f"{source} holds no rows: a list of objects is wanted")
     return rows
@@ -66,6 +68,13 @@ def rows_of_folder(folder: Path, split: str):
         splits = datasets.load_from_disk(str(folder))
     else:
         splits = datasets.load_dataset_builder(str(folder)).config.data_files
+        # files named as on the hub, in its folder data or elsewhere
+        shard = (
+            rf"(.*/)?{re.escape(split)}(-\d+-of-\d+(-\w+)?|/[^/]*)?\.(jsonl?|csv|parquet)(\.gz)?"
+        )
+        named = [path for path in sorted(folder.rglob("*")) if re.fullmatch(shard, str(path))]
+        if len({path.parent for path in named}) == 1:  # else which of them is meant?
+            splits = {split: [*map(str, named)], **splits}
     if split not in splits:
         there = ", ".join(map(str, splits))
         fail(f"{folder} has no split {split}: give --split or --eval-split, one of {there}")
@@ -75,17 +84,23 @@ def rows_of_folder(folder: Path, split: str):
     known = {Path(file) for of_one in splits.values() for file in of_one}
     folders = {file.parent for file in known}
     for path in sorted(path for one in folders for path in one.iterdir()):
-        held_out = HELD_OUT.search(str(path.relative_to(folder)))
-        if path in files and held_out and not HELD_OUT.search(split):
+        held_out = re.search(HELD_OUT, str(path.relative_to(folder)).lower())
+        if path in files and held_out and not re.search(HELD_OUT, split.lower()):
             fail(f"{path} would be read as {split}, but its name says held-out: rename or move it")
         is_data = kind_of(path) in (*ENDINGS, ".tsv") and path.name != "dataset_infos.json"
         if is_data and path not in known and not held_out:
             fail(f"{path} would be left out: rename or move it")
+    if os.environ.get("RANK", "0") == "0":
+        read = [str(path.relative_to(folder)) for path in files]
+        data = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # none that are hidden
+        rest = [name for name in data if name not in read and re.search(DATA, name.lower())]
+        few = [", ".join(x[:6]) + f", … ({len(x)} files)" * (len(x) > 6) for x in (read, rest)]
+        print(f"{folder}: {split} is {few[0]}; not read: {few[1] or 'none'}")
     return [row for path in files for row in rows_of_file(path)]
 
 
 def rows_of_file(path: Path) -> list:
-    """The rows of one file, by its ending. JSON is a list of objects, one object, or lines."""
+    """The rows of one file, by its ending. JSON is a list of objects, or lines."""
     kind = kind_of(path)
     if kind == ".parquet":
         import pyarrow.parquet  # comes with datasets
@@ -94,22 +109,17 @@ def rows_of_file(path: Path) -> list:
     if kind == ".jsonl":
         return list(read_jsonl(path))
     if kind not in ENDINGS:
-        convert = "convert another kind by datasets.load_dataset(…).to_json('set.jsonl')"
-        fail(f"no data at {path}: {WANTED}; {convert}")
+        fail(f"no data at {path}: {WANTED}")
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind == ".csv":
-            return rows_of_csv(file)
-        try:
-            found = json.load(file)
-        except json.JSONDecodeError as problem:
-            if problem.msg != "Extra data":
-                raise
-            return list(read_jsonl(path))  # Dataset.to_json writes lines under this ending
-    return found if isinstance(found, list) else [found]
+            return list(rows_of_csv(file))
+        text = file.read()
+    # Dataset.to_json writes lines under the ending .json
+    return json.loads(text) if text.lstrip().startswith("[") else list(read_jsonl(path))
 
 
-def rows_of_csv(file) -> list[dict]:
+def rows_of_csv(file):
     """The rows of an open CSV file, each cell as its text. A row with a cell too many or too few is
     an error: pandas would take the first column for the rows' names, and all others would move."""
     csv.field_size_limit(2**31 - 1)
@@ -117,12 +127,10 @@ def rows_of_csv(file) -> list[dict]:
     names = reader.fieldnames or []
     if len(set(names)) < len(names):
         raise ValueError(f"two columns of {file.name} have one name")
-    rows = []
     for row in reader:
         if None in row or None in row.values():
             raise ValueError(f"{file.name}, line {reader.line_num}: a cell too many or too few")
-        rows.append(row)
-    return rows
+        yield row
 
 
 # ---- a row → a pair ------------------------------------------------------------------------------
@@ -150,16 +158,26 @@ SHAPES = {
 }
 SYSTEM = ("system", "system_prompt", "system_message")  # a column that any shape may have
 OURS = ("id", "iter", "generated_ids", "finish")  # of generated.jsonl
+FINISH = ("finish", "finish_reason", "stop_reason", "done_reason")  # why an answer ended
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # columns of other shapes that the model should see before it answers
 OF_THE_PROMPT = ("history", "context", "input", "instruction", "tools", "functions", "documents")
 OF_THE_PROMPT += ("passage", "document", "article", "choices", "options", "hint", *MEDIA)
-# what a message may hold besides its text
-MORE_OF_A_TURN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-MORE_OF_A_TURN += MEDIA
+# and what changes how a row is rendered, or trained on
+OF_THE_PROMPT += ("chat_template", "enable_thinking", "reasoning_effort", "custom_instructions")
+ALIKE = r".*(kwargs|_args|tools|history|contexts|(loss|train)\w*_masks?|loss_weights)"
+# in the name of what a message may hold besides its text
+MORE_OF_A_TURN = r"tool|function|reason|think|thought|image|audio|video|attachment|kwargs"
 TEXT_PARTS = ("text", "input_text", "output_text")  # of a message that is a list of parts
+# a mark that a message is not to be trained: of OpenAI, axolotl, ms-swift, tinker or torchtune
+UNTRAINED = (
+    r"(weight|(compute_)?loss(_weight|_mask|_scale)?|(is_)?train(ing|able|ed)?)=(0|0\.0|false|no)"
+    r"|((is_)?mask(ed)?|(mask|ignore|no)_loss|ignore|do_not_train)=(1|1\.0|true|yes)"
+)
+# they look empty, though Unicode calls them letters or signs
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159"
 EMPTY = ("", "[]", "{}", "null", "None", [], {})  # what a column holds if it holds nothing
 WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)\b""")  # '[{"role": …'
 
@@ -176,20 +194,16 @@ def to_pair(row: dict, source: str) -> tuple[dict, list[str]]:
     """
     if not isinstance(row, dict):
         raise Unusable("no object with fields")
-    there = {name: value for name, value in row.items() if value not in (None, [])}
-    known = [shape for shape in SHAPES if all(name in there for name in shape if name)]
-    if not known:
+    there = without_nulls(row)
+    if is_untrained({name: x for name, x in there.items() if name != "loss"}):  # a measured one
+        raise Unusable("an answer that is marked as not to be trained")
+    fits = (shape for shape in SHAPES if all(name in there for name in shape if name))
+    shape = next(fits, None)
+    if not shape:
         fields = [f"{name}" if name in there else f"empty {name}" for name in row]
-        reason = f"unknown shape with fields {', '.join(fields) or '(none)'}"
-        raise Unusable(reason.encode(errors="replace").decode())
-    shape = known[0]
-    used = {*shape, SHAPES[shape], *SYSTEM, *OURS}
+        raise Unusable(f"unknown shape with fields {', '.join(fields) or '(none)'}")
+    used = {*shape, SHAPES[shape], *SYSTEM, *OURS, *FINISH}
     unused = [name for name in there if name not in used]
-    for name in unused:
-        if name in OF_THE_PROMPT and there[name] not in EMPTY:
-            columns = "/".join(filter(None, shape))
-            mend = f"put its text into the prompt, or remove the column {name}"
-            fail(f"{source} has the shape {columns}, and {name} would be lost: {mend}")
     pair = read_pair(there, shape)
     for name in TEXTS:
         text = pair.get(name, "")
@@ -199,13 +213,47 @@ def to_pair(row: dict, source: str) -> tuple[dict, list[str]]:
             raise Unusable(f"{name} is no valid Unicode")
         if len(text) > LONGEST and name in ("system", "prompt"):
             raise Unusable("prompt too long")
+    for name, value in there.items():
+        asks = name in unused and (name in OF_THE_PROMPT or re.fullmatch(ALIKE, name))
+        if asks and not (is_nothing(value) or repeats(pair, value)):
+            columns = "/".join(filter(None, shape))
+            mend = f"put what it says into the prompt, or remove the column {name}"
+            fail(f"{source} has the shape {columns}, and {name} would be lost: {mend}")
     return pair, unused
+
+
+def without_nulls(row: dict) -> dict:
+    """The fields of a row that hold something. NaN holds nothing: pandas writes it for a null."""
+    return {name: x for name, x in row.items() if x not in (None, []) and x == x}
+
+
+def is_nothing(value) -> bool:
+    """Whether a value is null, NaN or EMPTY, or holds only such."""
+    if isinstance(value, list | dict):
+        return all(map(is_nothing, value.values() if isinstance(value, dict) else value))
+    return value in (None, *EMPTY) or value != value or str(value).strip() in ("", "[ ]")
+
+
+def is_untrained(marked: dict) -> bool:
+    """Whether a row or a message is marked as not to be trained: "weight": 0."""
+    return any(re.fullmatch(UNTRAINED, f"{name}={value}".lower()) for name, value in marked.items())
+
+
+def repeats(pair: dict, value) -> bool:
+    """Whether a text stands in a pair, as lines of its own: then nothing of it is lost."""
+    lines = rf"^\s*{re.escape(value.strip())}\s*$" if isinstance(value, str) else "(?!)"
+    return any(re.search(lines, pair.get(name, ""), re.MULTILINE) for name in TEXTS)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen, as of spaces, U+200B or a lone combining mark."""
+    unseen = ("Cc", "Cf", "Cn", "Co", "Zs", "Zl", "Zp", "Mn", "Me")
+    return all(c in BLANKS or unicodedata.category(c) in unseen for c in text)
 
 
 def read_pair(row: dict, shape: tuple) -> dict:
     """The pair in a row of this shape without nulls, its system message included."""
-    is_ours = shape == ("prompt", "real", "generated")
-    if is_ours and all(isinstance(row[name], str) for name in shape):
+    if shape == TEXTS[1:] and all(isinstance(row[name], str) for name in shape):
         pair = {name: row[name] for name in (*shape, *OURS) if name in row}
     else:
         asked, *answers = (turns_of(row[name], name) if name else [] for name in shape)
@@ -216,8 +264,9 @@ def read_pair(row: dict, shape: tuple) -> dict:
                 raise Unusable("prompt is no text")
             asked = [("user", "\n\n".join(texts))]
         pair = pair_of_turns(asked, *answers)
-    systems = [row[name] for name in SYSTEM if name in row]
-    systems += [pair["system"]] if "system" in pair else []
+    if any(str(row.get(name)).lower() in ("length", "max_tokens", "max_length") for name in FINISH):
+        pair["finish"] = "length"  # the generated answer was cut off, so it has no end of turn
+    systems = [one[name] for one in (row, pair) for name in SYSTEM if name in one]
     texts = [text for text in systems if text != ""] or systems  # an empty one is one, too
     if any(text != texts[0] for text in texts):
         raise Unusable("two system messages")
@@ -236,37 +285,40 @@ def turns_of(value, column: str) -> list[tuple[str, str]]:
     for message in value:
         if not isinstance(message, dict):
             raise Unusable(f"{column} is no list of messages")
+        message = without_nulls(message)
         role = str(message.get("role") or message.get("from"))
         if role.lower() not in ROLES:
             raise Unusable(f"a turn by {ascii(role[:20])}")
-        if any(message.get(name) for name in MORE_OF_A_TURN):
+        more = [name for name in message if re.search(MORE_OF_A_TURN, name.lower())]
+        if not all(is_nothing(message[name]) for name in more):
             raise Unusable("a turn with tool calls, reasoning or pictures beside its text")
-        content = message.get("content")
-        content = message.get("value") if content is None else content
-        texts = []
+        content = message.get("content", message.get("value"))
+        texts, marked = [], [message]
         for part in content if isinstance(content, list) else [{"text": content}]:
-            known = isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS
+            part = without_nulls(part) if isinstance(part, dict) else {"type": "unknown"}
+            known = part.get("type", "text") in TEXT_PARTS
             texts.append(part.get("text") if known else None)
+            marked.append(part)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise Unusable("a turn without text")
-        turns.append((ROLES[role.lower()], "".join(texts)))
+        role = ROLES[role.lower()]
+        untrained = role == "assistant" and any(map(is_untrained, marked))
+        turns.append((role, None if untrained else "".join(texts)))
     return turns
 
 
-def pair_of_turns(asked: list, real: list, generated: list | None = None) -> dict:
-    """The pair in turns. asked: of the prompt's own column. real, generated: an answer alone, or
-    the whole conversation. Of several rounds the first is used (the paper's Appendix B.1); of two
-    conversations, the answers in which they differ."""
-    if real == generated:
+def pair_of_turns(asked: list, real: list, *others: list) -> dict:
+    """The pair in turns. asked: of the prompt's own column. real, and maybe a generated one: an
+    answer alone, or the whole conversation. Of several rounds the first is used (the paper's
+    Appendix B.1); of two conversations, the answers in which they differ."""
+    if real in others:
         raise Unusable("equal answers")
-    if generated is None:
-        is_answer = [role == "assistant" for role, _ in real]
-    else:
+    is_answer = [role == "assistant" for role, _ in real]
+    for generated in others:
         is_answer = [a != b for a, b in zip(real, generated, strict=False)]
     cut = [*is_answer, True].index(True)  # how many turns come before the answer
-    pair = {"real": answer_of(real[cut:])}
-    if generated is not None:
-        pair["generated"] = answer_of(generated[cut:])
+    answers = zip(TEXTS[2:], (real, *others), strict=False)
+    pair = {name: answer_of(turns[cut:]) for name, turns in answers}
     if any(role == "assistant" for role, _ in real[cut + 1 :]):
         pair["later_rounds"] = True
     # the prompt's column and the conversation may both hold the turns before the answer
@@ -292,6 +344,8 @@ def answer_of(turns: list) -> str:
         raise Unusable("the answers do not answer the same prompt")
     if roles == ["assistant", "assistant"]:
         raise Unusable("an answer in several turns")
+    if turns[0][1] is None:
+        raise Unusable("an answer that is marked as not to be trained")
     return turns[0][1]
 
 
@@ -318,5 +372,5 @@ def check_ids(row: dict, where: str, codec):
     known = isinstance(ids, list) and all(type(i) is int and 0 <= i < codec.vocabulary for i in ids)
     if not known or not ids:
         fail(f"{where}: generated_ids are not token ids of this model")
-    if (ids[-1] == codec.eot_id) != (row.get("finish") == "eos"):
+    if (ids[-1] in codec.end_ids) != (row.get("finish") == "eos"):
         fail(f"{where}: finish {row.get('finish')!r} does not fit the ids: of another tokenizer")

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 
-from spin.data.rows import SHAPES, TEXTS, Unusable, check_ids, read_rows, to_pair
-from spin.data.text import holds_special, parses_specials, split_ids
+from spin.data.rows import LONGEST, SHAPES, TEXTS, Unusable, check_ids, is_blank, read_rows, to_pair
+from spin.data.text import holds_special, lacks_token, parses_specials, split_ids
 from spin.files import fail
 from spin.recipe import STREAM
 
@@ -27,11 +27,7 @@ def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], d
 def select_pairs(sources: list[str], codec, recipe) -> tuple[list[dict], dict]:
     """The pairs in the files of --pairs, in any shape that holds y', by the same rules.
     Returns the pairs, numbered by "id", and the same counts."""
-    candidates = (
-        (source, index, row)
-        for source in sources
-        for index, row in enumerate(read_rows(source, recipe.split))
-    )
+    candidates = ((s, i, row) for s in sources for i, row in enumerate(read_rows(s, recipe.split)))
     both, room = ("real", "generated"), recipe.max_length - 1
     return usable(", ".join(sources), candidates, both, room, codec, recipe)
 
@@ -79,22 +75,24 @@ def usable(sources: str, candidates, answers: tuple, room: int, codec, recipe, n
         if len(pairs) == number:
             break
     if not pairs:
-        shapes = ", ".join("/".join(filter(None, shape)) for shape in SHAPES)
-        unknown = any(reason.startswith("unknown shape") for reason in counts)
-        known = f"; known: {shapes}" if unknown else ""
-        fail(f"{sources} holds no usable rows ({counts_line(counts)}){known}")
+        why = f"({counts_line(counts)})"
+        if "unknown shape" in why:
+            why += "; known: " + ", ".join("/".join(filter(None, shape)) for shape in SHAPES)
+        fail(f"{sources} holds no usable rows {why}")
     return pairs, +counts  # without zeros
 
 
 def check_text(pair: dict, codec):
-    """Raises Unusable if a text of a pair is empty, or spells out a special token."""
-    answers = [pair["real"]]
-    if "generated_ids" not in pair:  # sampled ids may be the EOS alone: an answer without text
-        answers.append(pair.get("generated", pair["real"]))
-    if not all(text.strip() for text in (pair["prompt"], *answers)):
-        raise Unusable("empty prompt or response")
-    if parses_specials(codec) and any(holds_special(codec, pair.get(name, "")) for name in TEXTS):
+    """Raises Unusable if a text of a pair is empty, or is not what its tokens would say."""
+    texts = {name: pair[name] for name in TEXTS if name in pair}
+    if parses_specials(codec) and any(holds_special(codec, text) for text in texts.values()):
         raise Unusable("text of a special token")
+    if "generated_ids" in pair:  # they may be the EOS alone: an answer without text
+        texts.pop("generated", None)
+    if any(is_blank(text) for name, text in texts.items() if name != "system"):
+        raise Unusable("empty prompt or response")
+    if any(lacks_token(codec, text[:LONGEST]) for text in texts.values()):
+        raise Unusable("text that the tokenizer has no token for")
 
 
 def counts_line(counts: dict) -> str:

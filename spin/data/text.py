@@ -11,14 +11,18 @@ with the answer and without. Qwen3, for instance:
 The loss counts the answer's tokens including its end of turn, and nothing of the prompt. What the
 template writes before an answer counts as answer, since the model has to write it, too."""
 
+import contextlib
 import datetime
 import functools
 import json
+import os
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 
-from spin.data.rows import LONGEST, Unusable
+from spin.data.rows import LONGEST, Unusable, is_blank
 from spin.files import fail
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # Appendix B.1
@@ -35,13 +39,15 @@ class Codec:
     arguments: dict  # of apply_chat_template, besides the messages
     bos_ids: list[int]  # plain templates: what the tokenizer puts before a text, a BOS or nothing
     eot_id: int  # the token that ends an answer: <end_of_turn> for Gemma, else often the EOS
+    end_ids: tuple[int, ...] = ()  # what ends a sampled answer: eot_id, then the model's others
     before_answer: str = ""  # chat: what the template writes before an answer
-    after_answer: str = ""  # chat: what it writes after the last answer, the end of turn included
+    after_answer: str = ""  # chat: what follows the last answer, the end of turn included
+    next_turn: str = ""  # chat: of after_answer, what the template leaves to the next turn: GLM-4.5
 
 
 def load_codec(name: str, recipe) -> Codec:
     """The codec of a model; refuses a model that SPIN cannot use, before any weight is read."""
-    from transformers import AutoConfig, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, logging
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     logging.set_verbosity_error()
@@ -50,9 +56,20 @@ def load_codec(name: str, recipe) -> Codec:
     options = {"revision": recipe.revision_of(name), "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(name, **options)
+        if re.search(r'"(quantization|compression)_config": {', config.to_json_string(False)):
+            mend = "take the weights in bf16, fp16 or fp32 that they were made from"
+            fail(f"the weights in {name} are quantised, by its config.json: {mend}")
         text_config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        tokenizer("")  # a wrong value in its config shows in use
+        # a wrong value in its config shows in use
+        tokenizer.decode(tokenizer("", split_special_tokens=True)["input_ids"])
+        configs = [config, text_config]
+        with contextlib.suppress(OSError):  # it need not be there
+            configs.append(GenerationConfig.from_pretrained(name, **options))
+        listed = [getattr(one, "eos_token_id", None) for one in configs]
+        listed = [i for ids in listed for i in (ids if isinstance(ids, list) else [ids])]
+        arguments = (text_config.vocab_size, recipe.template_kwargs, recipe.date, listed)
+        codec = make_codec(tokenizer, recipe.template, *arguments)
     except Exception as problem:  # transformers raises many kinds here
         cause = f"{type(problem).__name__}: {str(problem)[:300]}"
         fail(f"cannot load the tokenizer and config of {name}: {cause}")
@@ -64,30 +81,35 @@ def load_codec(name: str, recipe) -> Codec:
     context = getattr(text_config, "max_position_embeddings", None)
     if context and recipe.max_length > context:
         fail(f"--max-length {recipe.max_length} is more than the {context} positions of {name}")
-    size = text_config.vocab_size
-    codec = make_codec(tokenizer, recipe.template, size, recipe.template_kwargs, recipe.date)
     if codec.eot_id is None:
         fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
-    if codec.eot_id >= size:
-        known = f"its model only {size} tokens"
+    if codec.eot_id >= codec.vocabulary:
+        known = f"its model only {codec.vocabulary} tokens"
         fail(f"the tokenizer of {name} ends an answer by token {codec.eot_id}, {known}: not a pair")
     return codec
 
 
-def make_codec(tokenizer, template: str, vocabulary=None, template_kwargs=(), date="") -> Codec:
+def make_codec(tokenizer, template, vocabulary=None, template_kwargs=(), date="", listed=()):
     """The codec of a tokenizer and a template. template_kwargs: "name=value", value JSON or text.
-    date: the day that a chat template may write, YYYY-MM-DD; '': today. Ends with one line if a
-    chat template cannot be used."""
+    date: the day that a chat template may write, YYYY-MM-DD; '': today. listed: the ids that the
+    model's configs name as its EOS. Ends with one line if a chat template cannot be used."""
     vocabulary = vocabulary or 1 + max(tokenizer.get_vocab().values())
     if template != "chat":
         template = PAPER_TEMPLATE if template == "paper" else template
         bos_ids = ids_before_text(tokenizer)
-        return Codec(tokenizer, vocabulary, template, {}, bos_ids, tokenizer.eos_token_id)
-    arguments = template_arguments(tokenizer, template_kwargs, date)
-    codec = Codec(tokenizer, vocabulary, template, arguments, [], None)
-    before, after, between = around_an_answer(codec)
-    eot_id = end_of_turn(tokenizer, before, after, between)
-    return replace(codec, eot_id=eot_id, before_answer=before, after_answer=after)
+        codec = Codec(tokenizer, vocabulary, template, {}, bos_ids, tokenizer.eos_token_id)
+    else:
+        arguments = template_arguments(tokenizer, template_kwargs, date)
+        codec = Codec(tokenizer, vocabulary, template, arguments, [], None)
+        before, after, between = around_an_answer(codec)
+        eot_id, next_turn = end_of_turn(tokenizer, before, after, between, listed)
+        codec = replace(codec, eot_id=eot_id, before_answer=before, next_turn=next_turn)
+        codec = replace(codec, after_answer=after + next_turn)
+    # a word is no end, though listed: Llama's config lists token 2 if nobody lists another
+    ends = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    ends -= {*tokenizer(codec.before_answer, add_special_tokens=False)["input_ids"]}
+    others = [i for i in listed if i in ends and i < vocabulary]
+    return replace(codec, end_ids=tuple(dict.fromkeys([codec.eot_id, *others])))
 
 
 def ids_before_text(tokenizer) -> list[int]:
@@ -99,8 +121,7 @@ def ids_before_text(tokenizer) -> list[int]:
         if bare:
             break
     whole = tokenizer(text)["input_ids"]
-    starts = [k for k in range(len(whole)) if whole[k : k + len(bare)] == bare]
-    return whole[: starts[0]] if starts else []
+    return whole[: whole.index(bare[0])] if bare[0] in whole else []
 
 
 def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
@@ -110,18 +131,16 @@ def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
     try:
         source = tokenizer.get_chat_template()
     except ValueError:
-        several = "or several with no default among them"
-        fail(f"this tokenizer has no chat template, {several}: {PLAIN}")
+        fail(f"this tokenizer has no chat template, or several with no default among them: {PLAIN}")
     for item in template_kwargs:
         name, _, value = item.partition("=")
         if not re.search(rf"\b{re.escape(name)}\b", source):
             fail(f"--template-kwargs {item}: this model's chat template knows no {name}")
         # as Python writes it, too: as text, False would be true to a template
         value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
-        try:
-            arguments[name] = json.loads(value)
-        except ValueError:
-            arguments[name] = value
+        with contextlib.suppress(ValueError):  # else it is text
+            value = json.loads(value)
+        arguments[name] = value
     if date and "strftime_now" in source:
         # transformers lets no clock of ours into a template: the date stands in the place of a call
         day = datetime.datetime.fromisoformat(date)
@@ -141,6 +160,8 @@ def around_an_answer(codec: Codec) -> tuple[str, str, str]:
     system = {"role": "system", "content": "Be kind."}
     question = {"role": "user", "content": "Which?"}
     answer = {"role": "assistant", "content": "Apple"}
+    thinks = "enable_thinking" in codec.tokenizer.get_chat_template()
+    mend = "add --template-kwargs enable_thinking=false, or " * thinks + PLAIN
     for asked in ([question], [system, question]):  # some templates want a system message
         try:
             prompt = render_messages(codec, asked)
@@ -149,41 +170,45 @@ def around_an_answer(codec: Codec) -> tuple[str, str, str]:
         except Unusable as problem:
             refusal = problem
     else:
-        fail(f"{refusal}: {PLAIN}")
+        fail(f"{refusal}: {mend}")
     before, inside, after = text.removeprefix(prompt).partition("Apple")
     if not inside or not text.startswith(prompt):
         why = "a conversation with its answer does not begin as the one that asks for it"
-        fail(f"the chat template cannot be split into prompt and answer, {why}: {PLAIN}")
-    try:
+        fail(f"the chat template cannot be split into prompt and answer, {why}: {mend}")
+    between = ""  # of a template for one round
+    with contextlib.suppress(Unusable):
         between = render_messages(codec, [*asked, answer, question]).partition("Apple")[2]
-    except Unusable:  # a template for one round
-        between = ""
     return before, after, between
 
 
-def end_of_turn(tokenizer, before: str, after: str, between: str) -> int:
-    """The token that ends an answer: the tokenizer's EOS if every turn ends with it, else the first
-    special token after the last answer. The arguments are those of around_an_answer.
+def end_of_turn(tokenizer, before: str, after: str, between: str, listed) -> tuple[int, str]:
+    """The token that ends an answer: of those that end every turn the tokenizer's EOS or a listed
+    one, else the first special token after the last answer. And '', or the text up to a listed
+    token of the next turn that ends this one. before, after, between: of around_an_answer; listed:
+    as in make_codec.
 
-    Phi-3 writes "<|end|>\\n<|endoftext|>" after the last answer, but "<|end|>\\n" after an earlier
-    one: its turns end with <|end|>, though its EOS is <|endoftext|>."""
+    Phi-3 writes "<|end|>\\n<|endoftext|>" after the last answer, "<|end|>\\n" after an earlier one:
+    <|end|>, ''. GLM-4.5 writes nothing, "<|user|>\\n…" and lists <|user|>: <|user|>, "<|user|>"."""
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     ids_between = tokenizer(between, add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
     special -= {tokenizer.unk_token_id}  # a line break, for instance, that has no token
     ends = [i for i in ids if i in special] or [i for i in ids if i in added]
+    next_turn = ""
     if not ends:
-        fail(f"the chat template writes no special token behind an answer to end it: {PLAIN}")
-    every_turn = []  # the ids that follow every answer
-    for last, earlier in zip(ids, ids_between, strict=False):
-        if last != earlier:
-            break
-        every_turn.append(last)
-    eot_id = tokenizer.eos_token_id if tokenizer.eos_token_id in every_turn else ends[0]
+        ends = [i for i in ids_between if i in added][:1]
+        if not {*ends} & {*listed, tokenizer.eos_token_id} or not between.startswith(after):
+            none = "no special token behind an answer to end it"
+            fail(f"the chat template writes {none}, nor one that the model lists as EOS: {PLAIN}")
+        end = tokenizer.decode(ends)
+        next_turn = between.removeprefix(after).partition(end)[0] + end
+    every_turn = os.path.commonprefix([ids, ids_between])  # the ids that follow every answer
+    likely = [i for i in (tokenizer.eos_token_id, *listed) if i in every_turn] or ends
+    eot_id = likely[0]
     if eot_id in tokenizer(before, add_special_tokens=False)["input_ids"]:
         fail(f"the chat template begins an answer with the token that ends it: {PLAIN}")
-    return eot_id
+    return eot_id, next_turn
 
 
 def render(codec: Codec, pair: dict, answer: str | None = None) -> str:
@@ -199,27 +224,19 @@ def render(codec: Codec, pair: dict, answer: str | None = None) -> str:
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     text = render_messages(codec, messages)
-    lost = [name for name in ("system", "prompt") if pair.get(name, "").strip() not in text]
-    if lost or (system and drops_system(codec)):
-        raise Unusable(f"the chat template drops or changes the {(*lost, 'system')[0]}")
-    return text
-
-
-@functools.lru_cache(maxsize=8)
-def drops_system(codec: Codec) -> bool:
-    """Whether the chat template leaves out a system message: found by one that no prompt holds."""
-    system = "Speak as a zebra."
-    question = [{"role": "system", "content": system}, {"role": "user", "content": "Which?"}]
-    return system not in render_messages(codec, question)
+    for name in ("system", "prompt"):
+        part = pair.get(name, "").strip()
+        # counted: a prompt may hold the words of a system message that the template drops
+        if part and text.count(part) < sum(one["content"].count(part) for one in messages):
+            raise Unusable(f"the chat template drops or changes the {name}")
+    return text if answer is None else text + codec.next_turn
 
 
 def render_messages(codec: Codec, messages: list[dict]) -> str:
     """A conversation by the chat template. The generation prompt follows a user's message."""
-    asks = messages[-1]["role"] == "user"
+    how = {"tokenize": False, "add_generation_prompt": messages[-1]["role"] == "user"}
     try:
-        return codec.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=asks, **codec.arguments
-        )
+        return codec.tokenizer.apply_chat_template(messages, **how, **codec.arguments)
     except Exception as problem:  # a template may refuse by any, a system message for instance
         raise Unusable(f"the chat template refuses a conversation ({str(problem)[:150]})") from None
 
@@ -247,9 +264,8 @@ def split_text(codec: Codec, pair: dict, response: str | None, eos: bool) -> tup
 
 
 def encode(codec: Codec, pair: dict, response=None, max_length=None, eos=True):
-    """split_ids as one sequence: token ids and response mask, both (T,), cut at max_length. An
-    answer that is cut gets no end of turn, which it never had: if every human answer had one and
-    some generated ones had not, that alone would distinguish them."""
+    """split_ids as one sequence: token ids and response mask, both (T,), cut at max_length. What
+    is cut gets no end of turn: if only generated answers lacked one, that would tell them apart."""
     ids, answer, _ = split_ids(codec, pair, response, eos)
     mask = [0] * len(ids) + [1] * len(answer)
     return (ids + answer)[:max_length], mask[:max_length]
@@ -274,12 +290,8 @@ def split_ids(codec: Codec, pair: dict, response=None, eos=True) -> tuple[list, 
     answer, merged = response or [], False
     if is_text:
         both = tokenize(prompt + added)["input_ids"]
-        answer = both[len(ids) :]
         merged = both[: len(ids)] != ids
-        if codec.template != "chat" and not literal and holds_special(codec, response):
-            answer = ids_amid_text(partial(tokenize, split_special_tokens=True), added)
-        elif merged:
-            answer = ids_amid_text(tokenize, added)
+        answer = ids_amid_text(tokenize, added) if merged else both[len(ids) :]
         if eos and codec.template != "chat":
             answer = [*answer, codec.eot_id]
         elif eos and codec.eot_id not in answer:
@@ -304,12 +316,32 @@ def ids_amid_text(tokenize, text: str) -> list[int]:
     return tokenize(text)["input_ids"]
 
 
+def lacks_token(codec: Codec, text: str) -> bool:
+    """Whether the tokenizer has no token for a part of a text: not all comes back by decoding."""
+    how = {"add_special_tokens": False, "split_special_tokens": not parses_specials(codec)}
+    try:
+        ids = codec.tokenizer(text, **how)["input_ids"]
+    except Exception:  # of Rust: a tokenizer of words that has none for those unknown
+        return True
+    tokenizer = codec.tokenizer
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unk = tokenizer.unk_token or getattr(model, "unk_token", None)
+    # of GPT-2's kind it is the EOS too
+    if unk not in (None, tokenizer.eos_token) and tokenizer.convert_tokens_to_ids(unk) in ids:
+        return True
+    texts = (text, codec.tokenizer.decode(ids, skip_special_tokens=True))
+    # a normalizer may change case, accents and widths
+    fold = partial(unicodedata.normalize, "NFKD")
+    signs, known = (Counter(fold(fold(one).casefold())) for one in texts)
+    return not is_blank("".join(signs - known))
+
+
 @functools.lru_cache(maxsize=8)
 def special_tokens(codec: Codec) -> tuple[str, ...]:
     """Every special token's text, those included that have no role, such as <repo_name>."""
     tokenizer = codec.tokenizer
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple({*tokenizer.all_special_tokens, *added, tokenizer.decode([codec.eot_id])})
+    return tuple({*tokenizer.all_special_tokens, *added, *map(tokenizer.decode, codec.end_ids)})
 
 
 def holds_special(codec: Codec, text: str) -> bool:
@@ -336,10 +368,9 @@ def decode(codec: Codec, ids: list[int]) -> str:
     Qwen3: <think> \\n\\n </think> \\n\\n Apple . <|im_end|>  →  "Apple." """
     how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     as_text = partial(codec.tokenizer.decode, **how)
-    text = as_text(ids[:-1] if ids[-1:] == [codec.eot_id] else ids)
+    text = as_text(ids[:-1] if ids and ids[-1] in codec.end_ids else ids)
     if codec.template == "chat":
         before = codec.tokenizer(codec.before_answer, add_special_tokens=False)["input_ids"]
         after = codec.after_answer.partition(codec.tokenizer.decode([codec.eot_id]))[0]
         return text.removeprefix(as_text(before)).removesuffix(after)
-    spaced = codec.template.endswith(" ")
-    return text[1:] if spaced and text.startswith(" ") else text
+    return text.removeprefix(" ") if codec.template.endswith(" ") else text

@@ -8,6 +8,8 @@ On CUDA in 16 bits this is one call of FlashAttention-2, by the package flash-at
 installed, else by torch. Elsewhere the attention alone is padded, and the large matrix products,
 which cost most, are not."""
 
+import functools
+import importlib
 import inspect
 from dataclasses import dataclass
 
@@ -77,9 +79,23 @@ def with_prompts(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 def kernel_for(query, value):
     """The kernel of CUDA that can do the attention of these tensors, or None."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if not (query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256):
+    size = query.shape[-1]
+    fits = query.is_cuda and half and size == value.shape[-1] <= 256
+    if not fits or torch.cuda.get_device_capability(query.device) < (8, 0):  # before Ampere
         return None
-    return by_flash_attn if is_flash_attn_2_available() else by_torch
+    if flash_attn_loads():
+        return by_flash_attn
+    return by_torch if size % 8 == 0 else None
+
+
+@functools.cache
+def flash_attn_loads() -> bool:
+    """Whether flash-attn is there for a GPU and loads: a build for another torch does not."""
+    try:
+        return is_flash_attn_2_available() and bool(importlib.import_module("flash_attn"))
+    except Exception as problem:
+        print(f"flash-attn does not load ({str(problem)[:150]}): torch's kernel is used")
+        return False
 
 
 def by_flash_attn(q, k, v, ranges, scaling, sides):

@@ -46,9 +46,10 @@ def inject_adapters(model, name: str, recipe) -> list[str]:
 
 
 def layers_to_adapt(model, targets: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers, the head excepted, or of those whose names end with a target."""
-    head = model.get_output_embeddings()
-    parts = [(n, part) for n, part in model.named_modules() if part is not head]
+    """Names of the linear layers, the head excepted, or of those whose names end with a target. Of
+    a multimodal model, the text model's: nothing else is in the loss."""
+    inside = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
+    parts = [(n, part) for n, part in model.named_modules() if part in inside]
     # by name: other classes that inherit from Linear route or split too
     known = ("Linear", "Conv1D", "FalconLinear")
     linear = [n for n, part in parts if type(part).__name__ in known]

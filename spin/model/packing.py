@@ -63,32 +63,31 @@ def pack(sequences, device, shared=None) -> dict:
 
 
 @contextlib.contextmanager
-def packed(model, attention: str = "auto"):
+def packed(model, attention: str = "auto", device=None):
     """Inside the `with`, the model takes packed rows. Yields the method: "packed" by our attention,
     which alone can share a prompt between two sequences; or "padded", a row made a padded batch.
-    attention: the knob --attention; "eager" and "sdpa" mean padded."""
-    before = model.config._attn_implementation
-    if attention not in ("sdpa", "eager") and can_pack(model):
-        model.set_attn_implementation("packed")
-        method = "packed"
+    attention: the knob --attention; "eager" and "sdpa" mean padded. device: if not the model's."""
+    config = model.config.get_text_config()  # what else a multimodal model has keeps its own
+    before = config._attn_implementation
+    if attention not in ("sdpa", "eager") and can_pack(model, device):
+        config._attn_implementation = "packed"
     else:
         # the instance's forward hides the class's until it is deleted
         model.forward = partial(forward_padded, model.forward)
-        method = "padded"
     try:
-        yield method
+        yield "padded" if is_padded(model) else "packed"
     finally:
-        model.set_attn_implementation(before)
+        config._attn_implementation = before
         vars(model).pop("forward", None)
 
 
 def is_padded(model) -> bool:
     """Whether a model inside `packed` makes padded batches of its rows."""
-    return model.config._attn_implementation != "packed"
+    return model.config.get_text_config()._attn_implementation != "packed"
 
 
 @torch.no_grad()
-def can_pack(model) -> bool:
+def can_pack(model, device=None) -> bool:
     """Whether all layers are attention that packed_attention can do, windows included, and pass on
     what it needs to know. A pass of four tokens asks the model itself."""
     config = model.config.get_text_config()
@@ -107,10 +106,10 @@ def can_pack(model) -> bool:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register("trial", note)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("trial")
-    sequence_logps(model, **pack([([0, 0], [0, 1])] * 2, model.device))
-    model.set_attn_implementation(before)
+    before = config._attn_implementation
+    config._attn_implementation = "trial"
+    sequence_logps(model, **pack([([0, 0], [0, 1])] * 2, device or model.device))
+    config._attn_implementation = before
     if isinstance(model, FSDPModule):
         model.reshard()  # after a pass without gradient FSDP2 keeps the root's weights gathered
     return seen == wanted

@@ -4,20 +4,25 @@ To sample or evaluate, every rank reads a model whole. To train, every rank buil
 and shards it, and rank 0, which alone reads the files, sends the others their shards."""
 
 import contextlib
+import itertools
 import math
 import os
+import re
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrap
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
 
-from spin.files import AGAIN, fail
+from spin.files import AGAIN, fail, weight_files
 from spin.model import lora
 from spin.run.ranks import World, barrier
 
@@ -43,8 +48,9 @@ def attention_of(recipe) -> str | None:
     return recipe.attention if recipe.attention in ("sdpa", "eager") else None
 
 
-def load_whole(name: str, recipe, dtype: torch.dtype):
-    """A transformers model in dtype, whole, on the CPU; refused if not all of it can be loaded.
+def load_whole(name: str, recipe, dtype: torch.dtype, mend: str = AGAIN):
+    """A transformers model in dtype, whole, on the CPU. If not all of it can be loaded, a line that
+    ends with `mend` refuses it.
     It is in eval mode: with dropout the untrained policy would not be the opponent."""
     with loading(name):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -60,10 +66,11 @@ def load_whole(name: str, recipe, dtype: torch.dtype):
     # of all these transformers only warns. It does not tie weights that differ in the files
     meant = model.get_expanded_tied_weights_keys(all_submodels=True)
     report["tied_keys_that_differ"] = meant.keys() - model.all_tied_weights_keys.keys()
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "tied_keys_that_differ"):
-        if report[kind]:
-            found = f"{kind.replace('_', ' ')} {sorted(report[kind])[:3]}"
-            fail(f"the weights in {name} are not those of its config.json: {found}; {AGAIN}")
+    report["adapters_beside_them"] = getattr(model, "peft_config", {})
+    for kind, names in report.items():
+        if names:
+            found = f"{kind.replace('_', ' ')} {sorted(names)[:3]}"
+            fail(f"the weights in {name} are not those of its config.json: {found}; {mend}")
     return model.eval()
 
 
@@ -113,6 +120,23 @@ def read_weights(model, name: str, recipe, world: World):
     how = {"full_state_dict": True, "broadcast_from_rank0": True}
     options = states.StateDictOptions(**how, strict=not lora.is_adapted(model))
     states.set_model_state_dict(model, weights, options=options)
+
+
+def parts_not_kept(model, name: str, recipe) -> str | None:
+    """In words, what a checkpoint has and its model has not, such as the vision tower beside a text
+    model. transformers drops without a word what a family lists."""
+    listed = "|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"])
+    there = {n for top in (model, model.base_model) for n, _ in top.named_modules()}
+    folder = Path(cached_file(name, "config.json", revision=recipe.revision_of(name))).parent
+    lost = Counter()
+    for path in weight_files(folder):
+        for key in filter(re.compile(listed).search, safe_open(path, "pt").keys()):
+            # the outermost module that is not there; none for a causal mask in GPT-2's old files
+            levels = itertools.accumulate(key.split(".")[:-1], "{}.{}".format)
+            lost.update([n for n in levels if n not in there][:1])
+    if lost:
+        named = ", ".join(f"{n} ({number} tensors)" for n, number in lost.most_common(5))
+        return f"{name} has parts that its causal model lacks, and so will theta_1: {named}"
 
 
 def make_room(model, recipe, world: World):
@@ -188,6 +212,9 @@ def export(model, tokenizer, folder: Path, theta_t: str, recipe, world: World):
                 tokenizer.save_pretrained(part, save_jinja_files=not several)
             except Exception as problem:  # Rust's errors are no OSError
                 raise OSError(problem) from None
+            model = weights = None  # frees the memory that the same weights need to be read back
+            mend = "transformers cannot read what it saved; the last checkpoint is kept"
+            load_whole(str(part), recipe, torch.float32, mend)
     barrier()
 
 

@@ -16,6 +16,7 @@ from spin.data.selection import select
 from spin.data.text import Codec, decode, encode, load_codec
 from spin.model.packing import pack, packed
 from spin.model.probe import probe
+from spin.model.sampling_probe import probe_sampling
 from spin.model.weights import load_frozen
 from spin.recipe import STREAM
 from spin.report.summary import COLUMNS
@@ -51,6 +52,7 @@ def figures_by_prompt(policy: str, opponent: str | None, codec, pairs, recipe, t
         of_opponent = sample_and_score(opponent, chunks, codec, recipe, t, world)
     model = load_frozen(policy, recipe, world)
     probe(model, recipe, world)
+    probe_sampling(model, recipe, world)
     rows = []
     bar = tqdm(chunks, "evaluate", unit="chunk", disable=world.rank > 0)
     for chunk, found in zip(bar, of_opponent, strict=True):
@@ -71,6 +73,7 @@ def sample_and_score(opponent: str, chunks, codec, recipe, t: int, world) -> lis
     log p_θt(y|x) (B,) and log p_θt(y'|x) (B,)."""
     model = load_frozen(opponent, recipe, world)
     probe(model, recipe, world)
+    probe_sampling(model, recipe, world)
     found = []
     for chunk in tqdm(chunks, "opponent", unit="chunk", disable=world.rank > 0):
         answers = zip(chunk, sample_answers(model, codec, chunk, recipe, t), strict=True)
@@ -114,7 +117,7 @@ def sample_answers(model, codec, pairs, recipe, t: int | None) -> list[tuple]:
         keys = [(recipe.seed, t, pair["id"], STREAM["evaluate"]) for pair in pairs]
         uniform = np.stack([uniforms(*key, number=most) for key in keys])
     prompts = [pair["prompt_ids"] for pair in pairs]
-    return sample(model, prompts, codec.eot_id, most, uniform, slots=recipe.slots)
+    return sample(model, prompts, codec.end_ids, most, uniform, slots=recipe.slots)
 
 
 def logps(model, sequences, recipe, temperature: float = 1.0) -> torch.Tensor:

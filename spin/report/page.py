@@ -15,7 +15,7 @@ from spin.bench import paper_tables
 from spin.files import fail, io_errors_in_one_line, read_json, read_jsonl, write_whole
 from spin.recipe import parse
 from spin.report.pictures import STYLES, Line, as_image, theta
-from spin.report.summary import NAMES, leading_metric, verdict
+from spin.report.summary import FEW_PROMPTS, NAMES, leading_metric, verdict
 from spin.report.trouble import signs_of_trouble
 from spin.run.folders import iteration_folder
 
@@ -109,7 +109,7 @@ def chart(found: dict, key: str) -> dict:
     lines = []
     for (objective, label), style in zip(LABELS.items(), STYLES, strict=False):
         models = enumerate(found[objective])
-        points = [(t, model[key], model[f"{key}_stderr"] or 0) for t, model in models]
+        points = [(t, m[key], m["n"] >= FEW_PROMPTS and m[f"{key}_stderr"]) for t, m in models]
         if points:
             lines.append(Line(label, points, f"{style}o"))
     return as_image(NAMES[key], lines, "model")

@@ -53,6 +53,7 @@ def summarise(table: np.ndarray, has_opponent: bool) -> dict:
 
 def compare(a: list[dict], b: list[dict]) -> dict[str, dict]:
     """{metric: {"A", "B", "difference": B − A, "error": its paired standard error}} for COMPARED.
+    The error is None for fewer than FEW_PROMPTS.
     a, b: the rows of two by_prompt.jsonl, joined by id. Raises ValueError where they are not of the
     same prompts in the same tokens."""
     a, b = (sorted(rows, key=lambda row: row.get("id", -1)) for rows in (a, b))
@@ -70,7 +71,7 @@ def compare(a: list[dict], b: list[dict]) -> dict[str, dict]:
             "A": values_a[name].mean(),
             "B": values_b[name].mean(),
             "difference": difference.mean(),
-            "error": standard_error(difference),
+            "error": standard_error(difference) if len(a) >= FEW_PROMPTS else None,
         }
     return found
 
@@ -89,7 +90,7 @@ def verdict(metric: str, t: int, spin: list[dict], sft: list[dict]) -> str | Non
         found = compare(sft, spin)[metric]
     except ValueError:
         return None
-    if len(spin) < FEW_PROMPTS:
+    if found["error"] is None:
         return None
     gain = -found["difference"] if metric == "nll_per_token" else found["difference"]
     who = "neither SPIN nor continued SFT is ahead"

@@ -2,12 +2,14 @@
 
 import math
 import sys
+from pathlib import Path
 from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
 from loss import ELL
+from spin.files import read_jsonl
 
 
 def warn(message: str | None):
@@ -27,6 +29,15 @@ def ended_alike(rows) -> str | None:
     if ends == {"empty"}:
         return "every answer is empty: is this the model's --template? was it trained too far?"
     return None
+
+
+def not_held_out(pairs, answered: Path) -> str | None:
+    """In words, how many held-out prompts are in a generated.jsonl, if any; else None."""
+    rows = read_jsonl(answered) if answered.exists() else ()
+    asked = {" ".join(row["prompt"].split()) for row in rows}
+    shared = sum(" ".join(pair["prompt"].split()) in asked for pair in pairs)
+    why = f"{shared} of the {len(pairs)} held-out prompts are trained on: these figures say little"
+    return f"{why} of others, so choose another --eval-data" if shared else None
 
 
 def new_collapse(rows, t: int) -> str | None:

@@ -11,17 +11,21 @@ for flag in "$@"; do  # what the loop decides itself
   esac
 done
 
-gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+smi() { nvidia-smi "$@" 2>/dev/null || true; }
+gpus=$(smi -L | grep -c '^GPU' || true)
+memory=$(smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1 | tr -dc 0-9)  # MiB
 if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
   IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"; gpus=${#visible[@]}
 fi
 nodes=${NNODES:-1}
-if [[ $recipe == paper && $((gpus * nodes)) -lt 8 && ($gpus == 0 || "$*" != *--lora-rank*) ]]; then
-  echo "error: the paper recipe needs 8 GPUs of 80 GB (found $((gpus * nodes)))," \
-    "or one with adapters (docs/lora.md); 'bash run_iterations.sh demo' runs on any laptop" >&2
+total=$((gpus * nodes * ${memory:-102400} / 954))  # GB; where it is unknown, what is enough
+needed=$((88 + 6 * gpus * nodes))  # weights, gradients and moments of 7B, and what each GPU adds
+if [[ $recipe == paper && $total -lt $needed && ($gpus == 0 || "$*" != *--lora-rank*) ]]; then
+  echo "error: the paper recipe needs 88 GB on GPUs and 6 more on each (found $total on $gpus)," \
+    "or one GPU with adapters (docs/lora.md); 'bash run_iterations.sh demo' runs on any laptop" >&2
   exit 2
 fi
-plan=$("$python" -m spin.checks "${flags[@]}") || exit $?
+plan=$(PYTHONIOENCODING=utf-8 "$python" -m spin.checks "${flags[@]}") || exit $?
 IFS=$'\t' read -r run iterations baseline <<<"$plan"
 
 ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}

@@ -10,6 +10,7 @@ bits, and where the uniform number falls between the two values, another token i
 in 10^6 tokens in fp32, once in 10^2 to 10^3 in bf16. The distribution is the same.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -29,52 +30,67 @@ def uniforms(*key: int, number: int) -> np.ndarray:
 def sample(
     model,
     prompts: list[list[int]],
-    eos: int,
+    eos: int | Sequence[int],
     max_new_tokens: int,
     uniform: np.ndarray | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     slots: int = 64,
+    pick=None,
 ) -> list[tuple[list[int], str]]:
     """One answer to each prompt: (token ids, why it ended), as cut_at_eos gives them.
 
-    prompts: N lists of ids, of any length. uniform: (N, max_new_tokens) uniform numbers; None, or
-    temperature 0, is greedy. slots: answers in progress at once. Our own loop samples; a model
-    whose cache it cannot hold (a state space, a short sliding window) uses model.generate. The
+    prompts: N lists of ids, of any length. eos: the id that ends an answer, or several. uniform:
+    (N, max_new_tokens) uniform numbers; None, or temperature 0, is greedy. slots: answers in
+    progress at once. pick: gives the tokens instead, from (logits (n, V), which prompt (n,), which
+    token of its answer (n,)). The decode loop is probe_sampling's, else the first of `ways`. The
     model's generation_config is not asked: temperature 1 is p_θ and nothing else."""
+    eos = [eos] if isinstance(eos, int) else [*eos]
     longest = max(map(len, prompts)) + max_new_tokens
-    decode = decode_in_slots if keeps_every_key(model, longest) else plain_generate
+    decode = getattr(model, "decode_loop", None) or ways(model, longest)[0]
     if uniform is not None:
         uniform = torch.as_tensor(uniform, device=model.device)
+
+    def by_number(logits, which, step):
+        numbers = None if uniform is None else uniform[which, step]
+        return pick_token(logits, numbers, temperature, top_p)
+
     try:
-        rows = decode(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots)
+        rows = decode(model, prompts, eos, max_new_tokens, pick or by_number, slots)
     except torch.OutOfMemoryError:
         fail(f"the GPU's memory is too small for --slots {slots}: lower it, or --max-new-tokens")
     return [cut_at_eos(eos, ids) for ids in rows]
 
 
-def cut_at_eos(eos: int, ids: list[int]) -> tuple[list[int], str]:
-    """(ids, why they ended): they end with the EOS exactly when the reason is "eos"."""
-    if eos in ids:
-        return ids[: ids.index(eos) + 1], "eos"
+def ways(model, longest: int) -> list:
+    """The decode loops for a model, the fastest first. Our own comes first, unless it cannot hold
+    the model's cache: a state space, a sliding window of less than `longest`."""
+    return [decode_in_slots] * keeps_every_key(model, longest) + [plain_generate]
+
+
+def cut_at_eos(eos: Sequence[int], ids: list[int]) -> tuple[list[int], str]:
+    """(ids, why they ended): they end with one of eos exactly when the reason is "eos"."""
+    for place, token in enumerate(ids, 1):
+        if token in eos:
+            return ids[:place], "eos"
     return ids, "length"
 
 
-def plain_generate(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots):
+def plain_generate(model, prompts, eos, max_new_tokens, pick, slots):
     """What decode_in_slots does, by model.generate: a batch waits for its longest answer."""
-    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": [*eos], "pad_token_id": eos[0]}
     config = GenerationConfig(do_sample=False, **ends)
     own = model.generation_config
     model.generation_config = GenerationConfig()  # transformers fills gaps from the model's
     answers = []
     for i in range(0, len(prompts), slots):
         batch = prompts[i : i + slots]
-        numbers = None if uniform is None else uniform[i : i + slots]
+        which = torch.arange(i, i + len(batch), device=model.device)
         length = max(map(len, batch))
         padded = [[0] * (length - len(p)) + p for p in batch]
         real = [[0] * (length - len(p)) + [1] * len(p) for p in batch]
         ids, mask = torch.tensor([padded, real], device=model.device)  # (B, T), padded on the left
-        picking = LogitsProcessorList([partial(_only_picked, numbers, length, temperature, top_p)])
+        picking = LogitsProcessorList([partial(_only_picked, pick, which, length)])
         answers += model.generate(
             ids, attention_mask=mask, generation_config=config, logits_processor=picking
         )[:, length:].tolist()
@@ -82,8 +98,7 @@ def plain_generate(model, prompts, eos, max_new_tokens, uniform, temperature, to
     return answers
 
 
-def _only_picked(uniform, length: int, temperature, top_p, ids, scores):
+def _only_picked(pick, which, length: int, ids, scores):
     """Leaves generate no choice: the picked token's score is 0, the others' −∞. scores: (B, V)."""
-    numbers = None if uniform is None else uniform[:, ids.shape[1] - length]
-    token = pick_token(scores, numbers, temperature, top_p)
+    token = pick(scores, which, torch.full_like(which, ids.shape[1] - length))
     return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)

@@ -15,6 +15,7 @@ from spin.files import fail
 # Prompts enter when at least 1/8 of the slots are empty: a prefill costs about as much as a decode
 # step, however few prompts are in it.
 REFILL = 8
+PREFILL = 2**14  # tokens of a prefill, about: its memory grows with them
 
 
 def pick_token(logits, uniform, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
@@ -53,7 +54,7 @@ class Slots(DynamicLayer):
     """The keys and values of one layer: prompt, then answer, in its slot from column 0 on.
 
     transformers prescribes the arguments of update, so forward_in_slots sets the attributes first,
-    columns and width before each pass."""
+    columns, width and each before each pass."""
 
     def __init__(self, slots: int, length: int):
         super().__init__()
@@ -67,9 +68,8 @@ class Slots(DynamicLayer):
             )
             self.is_initialized = True
         rows = slice(self.first, self.first + len(keys))
-        each = torch.arange(len(keys), device=keys.device)[:, None]
-        self.keys[rows][each, :, self.columns] = keys.transpose(1, 2)
-        self.values[rows][each, :, self.columns] = values.transpose(1, 2)
+        self.keys[rows][self.each, :, self.columns] = keys.transpose(1, 2)
+        self.values[rows][self.each, :, self.columns] = values.transpose(1, 2)
         return self.keys[rows, :, : self.width], self.values[rows, :, : self.width]
 
     def get_seq_length(self) -> int:
@@ -80,10 +80,9 @@ def forward_in_slots(model, cache, ids, first: int, columns, width: int) -> torc
     """One pass for the slots from `first` on. ids, columns: (b, T) → logits of the last, (b, V).
 
     A token's column in its slot is its position. width: how many columns attention looks at."""
+    each = torch.arange(len(ids), device=ids.device)[:, None]
     for layer in cache.layers:
-        layer.first = first
-        layer.columns = columns
-        layer.width = width
+        vars(layer).update(first=first, columns=columns, width=width, each=each)
     seen = torch.arange(width, device=ids.device) <= columns[:, -1:]
     return model(
         input_ids=ids,
@@ -100,12 +99,13 @@ def prefill(model, cache, prompts: list[list[int]], first: int):
 
     A prompt's last token is left out: the loop feeds it, as it feeds every sampled token."""
     longest = max(map(len, prompts)) - 1
-    if longest:
+    together = max(1, PREFILL // max(1, longest))
+    for i in range(0, len(prompts) if longest else 0, together):
         # answers overwrite the padding later
-        padded = [p[:-1] + [0] * (longest + 1 - len(p)) for p in prompts]
+        padded = [p[:-1] + [0] * (longest + 1 - len(p)) for p in prompts[i : i + together]]
         ids = torch.tensor(padded, dtype=torch.long, device=model.device)
         columns = torch.arange(longest, device=model.device).expand_as(ids)
-        forward_in_slots(model, cache, ids, first, columns, longest)
+        forward_in_slots(model, cache, ids, first + i, columns, longest)
 
 
 def close_gaps(cache, state, done, width: int):
@@ -122,15 +122,16 @@ def close_gaps(cache, state, done, width: int):
     return state[:, :left]
 
 
-def decode_in_slots(model, prompts, eos, max_new_tokens, uniform, temperature, top_p, slots):
-    """max_new_tokens ids for each prompt: those sampled, then EOS to fill the row.
+def decode_in_slots(model, prompts, eos, max_new_tokens, pick, slots):
+    """max_new_tokens ids for each prompt: those of pick (see sample), then EOS to fill the row.
 
     When a prompt enters and which slot it has depends on the arguments and the answers only."""
     slots = min(slots, len(prompts))
     length = max(map(len, prompts)) + max_new_tokens
     layers = DynamicCache(config=model.config).layers
     cache = Cache(layers=[Slots(slots, length) for _ in layers])
-    answers = torch.full((len(prompts), max_new_tokens), eos, device=model.device)
+    answers = torch.full((len(prompts), max_new_tokens), eos[0], device=model.device)
+    ends = torch.tensor(eos, device=model.device)
     start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)
     # (3, n), for each of the n answers in progress, in slots 0 to n − 1:
     # the index of its prompt, the token to feed next, and that token's column
@@ -151,12 +152,11 @@ def decode_in_slots(model, prompts, eos, max_new_tokens, uniform, temperature, t
         step = column - start[which]
         width = int(column.max()) + 1
         logits = forward_in_slots(model, cache, token[:, None], 0, column[:, None], width)  # (n, V)
-        numbers = None if uniform is None else uniform[which, step]
-        token = pick_token(logits, numbers, temperature, top_p)
+        token = pick(logits, which, step)
         answers[which, step] = token
 
         # 3. Finished answers leave their slots.
-        done = (token == eos) | (step + 1 == max_new_tokens)
+        done = torch.isin(token, ends) | (step + 1 == max_new_tokens)
         state = torch.stack([which, token, column + 1])
         if done.any():
             state = close_gaps(cache, state, done, width)
