@@ -38,7 +38,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpu import llama, wait_for_device
 
-from spin.sampling import slots as decode_loop
+from spin.model.weights import compute_dtype
+from spin.run.ranks import device_of_rank
+from spin.sampling import engines
 from spin.sampling.engines import cut_at_eos, sample
 
 REPO = Path(__file__).resolve().parent.parent
@@ -73,7 +75,7 @@ def authors(model, prompts, lengths, slots):
             generation_config=config,
             logits_processor=ending_at(lengths[i : i + AUTHORS_BATCH], width, model.device),
         )
-        answers += [len(cut_at_eos(EOS, row)[0]) for row in out[:, width:].tolist()]
+        answers += [len(cut_at_eos([EOS], row)[0]) for row in out[:, width:].tolist()]
         steps += out.shape[1] - width
     return answers, steps, AUTHORS_BATCH
 
@@ -94,7 +96,7 @@ def generate(model, prompts, lengths, slots):
     uniform = np.random.default_rng(0).random((len(prompts), LONGEST))
     uniform[np.arange(len(prompts)), np.asarray(lengths) - 1] = 2
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    pick_token = decode_loop.pick_token
+    pick_token = engines.pick_token
     steps = 0
 
     def forced(logits, numbers, *rest):
@@ -104,7 +106,7 @@ def generate(model, prompts, lengths, slots):
         # where it ends, any number gives the EOS; elsewhere the token does not matter
         return pick_token(logits, numbers.clamp(max=0.5), *rest)
 
-    with mock.patch.object(decode_loop, "pick_token", forced):
+    with mock.patch.object(engines, "pick_token", forced):
         longest_first = [prompts[i] for i in order]
         found = sample(model, longest_first, EOS, LONGEST, uniform[order], slots=slots)
     answers = [0] * len(prompts)
@@ -145,15 +147,26 @@ def least_seconds(model, prompts, lengths, slots) -> float:
     return (sum(lengths) / slots * weights + seen * of_a_token) / bandwidth(model.device)
 
 
+def share_of_bandwidth(model, number: int, slots: int = 64) -> tuple[float, float]:
+    """Ours on `number` prompts: (tokens a second, the share of this limit that they reach)."""
+    prompts, lengths = draw(number)
+    generate(model, prompts, lengths, slots)  # the first time is slower
+    begun = time.perf_counter()
+    answers, *_ = generate(model, prompts, lengths, slots)
+    seconds = time.perf_counter() - begun
+    assert answers == lengths
+    return sum(lengths) / seconds, least_seconds(model, prompts, lengths, slots) / seconds
+
+
 # ---- side by side ----------------------------------------------------------------------------
 
 
 def random_model(shape: str):
     """On a GPU, in bf16, where there is one."""
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda else torch.float32
+    device = device_of_rank(0)
     torch.manual_seed(0)
-    with torch.device("cuda" if cuda else "cpu"):
+    dtype = compute_dtype("auto", device)
+    with device:
         return AutoModelForCausalLM.from_config(llama(*SHAPES[shape]), dtype=dtype).eval()
 
 
@@ -163,6 +176,14 @@ def draw_lengths(chance, median: float, most: int, number: int) -> list[int]:
     return np.clip(drawn, 1, most).astype(int).tolist()
 
 
+def draw(number: int, median: float = 100) -> tuple[list[list[int]], list[int]]:
+    """Prompts, and how long their answers will be."""
+    chance = np.random.default_rng(1)
+    lengths = draw_lengths(chance, median, LONGEST, number)
+    of_prompts = draw_lengths(chance, 64, 512, number)
+    return [chance.integers(3, 80, n).tolist() for n in of_prompts], lengths
+
+
 def side_by_side(args):
     """Run both ways in turns on the same prompts, and print the table."""
     cuda = torch.cuda.is_available()
@@ -170,10 +191,7 @@ def side_by_side(args):
         sys.exit("error: the 7b shape is for a GPU")
     logging.set_verbosity_error()
     model = random_model(args.shape)
-    chance = np.random.default_rng(1)
-    lengths = draw_lengths(chance, args.median, LONGEST, args.prompts)
-    of_prompts = draw_lengths(chance, 64, 512, args.prompts)
-    prompts = [chance.integers(3, 80, n).tolist() for n in of_prompts]
+    prompts, lengths = draw(args.prompts, args.median)
     least = least_seconds(model, prompts, lengths, args.slots) if cuda else None
     seconds = {name: [] for name in WAYS}
     idle = {}

@@ -52,7 +52,7 @@ from train_memory import formula
 
 import train
 from spin.data.pairs import share_prompts
-from spin.model import lora
+from spin.model import attention, lora
 from spin.model.packing import packed
 from spin.model.weights import compute_dtype, make_room, without_weights
 from spin.recipe import Recipe
@@ -255,10 +255,16 @@ class WithoutNumbers(FakeTensorMode):
 def pretended(ranks: int, as_on_gpu: bool = True):
     """Yields the World of rank 0 of so many, whose tensors have no numbers."""
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
-    # what asks where such a tensor is takes its way for GPUs
-    on_gpu = mock.patch.object(FakeTensor, "is_cuda", as_on_gpu, create=True)
     try:
-        with on_gpu, WithoutNumbers():
+        with contextlib.ExitStack() as patches:
+            # what asks where such a tensor is takes its way for GPUs, and torch's kernel there
+            for owner, name, new in (
+                (FakeTensor, "is_cuda", as_on_gpu),
+                (torch.cuda, "get_device_capability", lambda *_: (8, 0)),
+                (attention, "flash_attn_loads", lambda: False),
+            ):
+                patches.enter_context(mock.patch.object(owner, name, new, create=True))
+            patches.enter_context(WithoutNumbers())
             yield World(0, ranks, torch.device("cpu"))
     finally:
         dist.destroy_process_group()

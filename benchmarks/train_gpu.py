@@ -18,7 +18,11 @@ dtype, measured in the same run.
 
 import argparse
 import gc
+import importlib.metadata
+import importlib.util
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from functools import partial
@@ -26,14 +30,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+import transformers
+from transformers import LlamaConfig, MistralConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from loss import sequence_logps, spin_loss
 from spin.data.pairs import batches, micro_batches, packed_pairs, share_prompts, tokens_of
+from spin.model import lora
 from spin.model.packing import is_padded, packed
-from spin.model.weights import clip_gradients, compute_dtype
+from spin.model.weights import clip_gradients, compute_dtype, make_room, without_weights
 from spin.recipe import Recipe
 from spin.report.metrics import opponent_of
 from spin.run.ranks import process_group
@@ -150,16 +156,25 @@ def take_step(model, optimizer, batch: list[int], pairs, recipe, world):
     wait_for_device(world.device)
 
 
+def sharded_model(config, recipe, world):
+    """(a model of random weights as train.py shards it, its optimizer)."""
+    model = without_weights(config)
+    if recipe.lora_rank:
+        lora.add_adapters(model, "", recipe, 0, compute_dtype(recipe.dtype, world.device))
+    train.shard(model, recipe, world)
+    make_room(model, recipe, world)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight.to_local(), std=0.02)
+    return model, torch.optim.RMSprop(model.parameters(), lr=1e-9, foreach=False)
+
+
 def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
     """(real tokens a second and rank, FLOPs a second and rank, GiB at the peak or 0).
 
     Of steps over all pairs, the first left out."""
     cuda = world.device.type == "cuda"
-    with torch.device(world.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model, optimizer = sharded_model(config, recipe, world)
     block_weights = sum(p.numel() for p in model.model.layers.parameters())
-    train.shard(model, recipe, world)
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-9, foreach=False)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     speeds = []  # of each step: tokens and FLOPs, a second and rank
@@ -185,13 +200,28 @@ def measure(config, recipe, pairs, world) -> tuple[float, float, float]:
     return tokens_per_s, flops_per_s, peak
 
 
+def describe(device) -> str:
+    """Hardware and versions."""
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        name = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
+        if shutil.which("nvidia-smi"):
+            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            answer = subprocess.run(asked, capture_output=True, text=True).stdout
+            name += f", driver {answer.splitlines()[0] if answer else 'unknown'}"
+        name += f", CUDA {torch.version.cuda}"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions["flash-attn"] = "none"
+    if importlib.util.find_spec("flash_attn"):
+        versions["flash-attn"] = importlib.metadata.version("flash-attn")
+    return ", ".join([name, *(f"{package} {version}" for package, version in versions.items())])
+
+
 def print_head(shape: str, world, dtype, ceiling: float):
     """Where it runs, and the head of the table."""
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if world.device.type == "cuda":
-        name = torch.cuda.get_device_name()
     print(
-        f"{shape}, {world.size} × {name}, torch {torch.__version__}, {str(dtype)[6:]}; "
+        f"{shape}, {world.size} × {describe(world.device)}, {str(dtype)[6:]}; "
         f"a large matrix product: {ceiling / 1e12:.3g} TFLOP/s"
     )
     print("| setting | real tokens/s a rank | MFU of the measured ceiling | peak GiB |")
