@@ -51,11 +51,11 @@ def io_errors_in_one_line():
 def refuse_half_a_launch():
     """Refuse torchrun's variables in part, or at odds: torch would wait for hours for the
     others."""
-    defaults = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "MASTER_PORT": ""}
-    defaults["LOCAL_WORLD_SIZE"] = "1"
-    rank, size, local, port, _ = numbers = [os.environ.get(*item) for item in defaults.items()]
+    rank, size, port = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    local, on_node = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    numbers = rank, size, port, local, on_node
     fits = os.environ.get("MASTER_ADDR") and all(map(str.isdecimal, numbers))
-    here = [name for name in list(defaults)[:3] if name in os.environ]
+    here = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     if here and not (fits and int(local) <= int(rank) < int(size) and 0 < int(port) < 2**16):
         os.environ["RANK"] = "0"  # the line need not wait for another rank's
         wanted = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not fit together"

@@ -94,9 +94,14 @@ def rows_of_folder(folder: Path, split: str):
         read = [str(path.relative_to(folder)) for path in files]
         data = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True))  # none that are hidden
         rest = [name for name in data if name not in read and re.search(DATA, name.lower())]
-        few = [", ".join(x[:6]) + f", … ({len(x)} files)" * (len(x) > 6) for x in (read, rest)]
-        print(f"{folder}: {split} is {few[0]}; not read: {few[1] or 'none'}")
+        print(f"{folder}: {split} is {first_six(read)}; not read: {first_six(rest)}")
     return [row for path in files for row in rows_of_file(path)]
+
+
+def first_six(names: list[str]) -> str:
+    """Names of files for a line; of many the first six, and their number."""
+    more = f", … ({len(names)} files)" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more if names else "none"
 
 
 def rows_of_file(path: Path) -> list:
@@ -195,7 +200,8 @@ def to_pair(row: dict, source: str) -> tuple[dict, list[str]]:
     if not isinstance(row, dict):
         raise Unusable("no object with fields")
     there = without_nulls(row)
-    if is_untrained({name: x for name, x in there.items() if name != "loss"}):  # a measured one
+    # a column "loss" holds the loss that someone measured, not a mark
+    if is_untrained({name: value for name, value in there.items() if name != "loss"}):
         raise Unusable("an answer that is marked as not to be trained")
     fits = (shape for shape in SHAPES if all(name in there for name in shape if name))
     shape = next(fits, None)
@@ -241,7 +247,9 @@ def is_untrained(marked: dict) -> bool:
 
 def repeats(pair: dict, value) -> bool:
     """Whether a text stands in a pair, as lines of its own: then nothing of it is lost."""
-    lines = rf"^\s*{re.escape(value.strip())}\s*$" if isinstance(value, str) else "(?!)"
+    if not isinstance(value, str):
+        return False
+    lines = rf"^\s*{re.escape(value.strip())}\s*$"
     return any(re.search(lines, pair.get(name, ""), re.MULTILINE) for name in TEXTS)
 
 

@@ -85,5 +85,10 @@ def lengths_to_sample(config, recipe) -> list[int]:
         if 5 * (sum(lengths) + more) <= 2 * recipe.micro_tokens:
             lengths.add(more)
     # a prompt of one token comes later: it shows whether a family's state outlives a sequence
-    first, rest = sorted(lengths)[2::-1], sorted(lengths)[3:]
-    return first + [rest.pop(-(k % 2)) for k in range(len(rest))]
+    rest = sorted(lengths)
+    order, rest = rest[:3][::-1], rest[3:]
+    while rest:
+        order.append(rest.pop(0))  # the shortest that is left, then the longest
+        if rest:
+            order.append(rest.pop())
+    return order

@@ -125,7 +125,9 @@ def read_weights(model, name: str, recipe, world: World):
 def parts_not_kept(model, name: str, recipe) -> str | None:
     """In words, what a checkpoint has and its model has not, such as the vision tower beside a text
     model. transformers drops without a word what a family lists."""
-    listed = "|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"])
+    listed = "|".join(model._keys_to_ignore_on_load_unexpected or ())
+    if not listed:
+        return None
     there = {n for top in (model, model.base_model) for n, _ in top.named_modules()}
     folder = Path(cached_file(name, "config.json", revision=recipe.revision_of(name))).parent
     lost = Counter()
@@ -137,6 +139,7 @@ def parts_not_kept(model, name: str, recipe) -> str | None:
     if lost:
         named = ", ".join(f"{n} ({number} tensors)" for n, number in lost.most_common(5))
         return f"{name} has parts that its causal model lacks, and so will theta_1: {named}"
+    return None
 
 
 def make_room(model, recipe, world: World):

@@ -65,7 +65,9 @@ def sample(
 def ways(model, longest: int) -> list:
     """The decode loops for a model, the fastest first. Our own comes first, unless it cannot hold
     the model's cache: a state space, a sliding window of less than `longest`."""
-    return [decode_in_slots] * keeps_every_key(model, longest) + [plain_generate]
+    if keeps_every_key(model, longest):
+        return [decode_in_slots, plain_generate]
+    return [plain_generate]
 
 
 def cut_at_eos(eos: Sequence[int], ids: list[int]) -> tuple[list[int], str]:

@@ -82,7 +82,10 @@ def forward_in_slots(model, cache, ids, first: int, columns, width: int) -> torc
     A token's column in its slot is its position. width: how many columns attention looks at."""
     each = torch.arange(len(ids), device=ids.device)[:, None]
     for layer in cache.layers:
-        vars(layer).update(first=first, columns=columns, width=width, each=each)
+        layer.first = first
+        layer.columns = columns
+        layer.width = width
+        layer.each = each
     seen = torch.arange(width, device=ids.device) <= columns[:, -1:]
     return model(
         input_ids=ids,
