@@ -2,14 +2,14 @@
 
     python evaluate.py --iter 0 --recipe demo          θ_1 and its game against θ_0
     python evaluate.py --theta0 --recipe demo          θ_0 itself
-    python evaluate.py --model DIR                     any model; written only where --out says
+    python evaluate.py --model DIR                     any model; the result goes to --out, if given
     python evaluate.py --iter 3 --tasks paper          the paper's benchmarks (Table 4)
     torchrun --nproc_per_node 8 evaluate.py --iter 0   each rank takes its share of the prompts
 
-Reads the held-out set (--eval-data), θ_{t+1} and its opponent θ_t. Writes RUN/iter{t}/eval.json,
-figures by prompt, by_prompt.jsonl, and six answers to look at, answers.jsonl; for --theta0
-the same three in RUN. --tasks paper, --tasks extra (Table 6), or names of the LM Evaluation
-Harness's own tasks: writes benchmarks.json.
+Reads the held-out set (--eval-data), θ_{t+1} and its opponent θ_t. Writes into RUN/iter{t}/
+eval.json (means), by_prompt.jsonl (metrics of each prompt) and answers.jsonl (six answers); with
+--theta0 it writes them into RUN. With --tasks (paper, extra for Table 6, or task names of the LM
+Evaluation Harness) it writes benchmarks.json instead.
 Two models on the same prompts: spin/compare.py. Answers for MT-Bench: spin/mt_bench.py.
 docs/evaluation.md explains the keys of eval.json."""
 
@@ -22,19 +22,19 @@ from spin import checks
 from spin.bench import harness
 from spin.data.selection import counts_line
 from spin.files import check_out, fail, io_errors_in_one_line, write_json, write_jsonl
-from spin.model.probe import refuse_what_cannot_be_trained
+from spin.model.scoring_check import refuse_what_cannot_be_trained
 from spin.recipe import parse
-from spin.report import trouble
-from spin.report.figures import figures_by_prompt, read_held_out
+from spin.report import diagnose, tracking
+from spin.report.evaluation_metrics import metrics_by_prompt, read_held_out
 from spin.report.summary import COLUMNS, summarise
 from spin.run.folders import hash_of_source, iteration_folder, made_by, save_recipe, starting_model
 from spin.run.ranks import process_group, run_lock
 
 FLAGS = (
-    ("--iter", {"type": int, "help": "evaluate what iteration t made"}),
+    ("--iter", {"type": int, "help": "evaluate theta_{t+1}, the model that iteration t made"}),
     ("--theta0", {"action": "store_true", "help": "evaluate theta_0"}),
-    ("--tasks", {"nargs": "+", "metavar": "NAME", "help": "paper, extra, or lm_eval's own"}),
-    ("--limit", {"type": int, "help": "with --tasks: at most so many questions a task"}),
+    ("--tasks", {"nargs": "+", "metavar": "NAME", "help": "paper, extra, or lm_eval task names"}),
+    ("--limit", {"type": int, "help": "with --tasks: at most this many questions per task"}),
     ("--out", {"type": Path, "help": "with --model: write the result to this file"}),
 )
 
@@ -46,10 +46,12 @@ def main(argv=None):
     join = run_lock if args.tasks else process_group  # lm_eval joins the ranks itself
     with join(args.run if of_a_run else None) as world:
         evaluate(recipe, args, of_a_run, world)
+        if of_a_run:
+            tracking.send_figures(recipe, args.run, 0 if args.theta0 else args.iter + 1)
 
 
 def evaluate(recipe, args, of_a_run: bool, world):
-    """Evaluate what the flags name. of_a_run: it is a run's; world: None with --tasks."""
+    """Evaluate the model of the flags. of_a_run: it belongs to a run. world: None with --tasks."""
     policy, opponent, out = whom_to_evaluate(recipe, args)
     asked = {"tasks": args.tasks, "limit": args.limit}
     asked |= {} if args.tasks else {"eval_data": hash_of_source(recipe.eval_data)}
@@ -57,7 +59,7 @@ def evaluate(recipe, args, of_a_run: bool, world):
     if out and out.exists():
         checks.same_result(out, made_from)
         beside = ["by_prompt.jsonl", "answers.jsonl"] if of_a_run and not args.tasks else []
-        if all(out.with_name(name).exists() for name in beside):  # what was lost is made again
+        if all(out.with_name(name).exists() for name in beside):  # else missing files are remade
             return print(f"{out} is there already: nothing to do")
     if args.tasks:
         result = harness.run_benchmarks(policy, recipe, args.tasks, args.limit)
@@ -67,7 +69,7 @@ def evaluate(recipe, args, of_a_run: bool, world):
 
     if args.theta0:  # the first stage of a run
         refuse_what_cannot_be_trained(policy, recipe)
-    codec, pairs, left_out = read_held_out(policy, recipe)
+    renderer, pairs, left_out = read_held_out(policy, recipe)
     if of_a_run:  # all its iterations are measured on the same prompts
         prompts = checks.same_prompts(args.run / "heldout.json", pairs, recipe.eval_data)
 
@@ -75,9 +77,9 @@ def evaluate(recipe, args, of_a_run: bool, world):
         print(f"evaluates {policy} on {len(pairs)} held-out prompts ({counts_line(left_out)})")
         if of_a_run:
             answered = iteration_folder(args.run, args.iter or 0) / "generated.jsonl"
-            trouble.warn(trouble.not_held_out(pairs, answered))
-    t = args.iter or 0  # of the game's λ and random numbers
-    table, shown = figures_by_prompt(policy, opponent, codec, pairs, recipe, t, world)
+            diagnose.warn(diagnose.not_held_out(pairs, answered))
+    t = args.iter or 0  # the iteration whose λ and random numbers are used
+    table, shown = metrics_by_prompt(policy, opponent, renderer, pairs, recipe, t, world)
     if world.rank > 0:
         return
 

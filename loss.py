@@ -8,7 +8,7 @@ can be taken as it is.
 import torch
 import torch.nn.functional as F
 
-# The losses ℓ of Assumption 5.1, by the name that --ell takes: a line added here is a loss added.
+# The losses ℓ of Assumption 5.1, by the name that --ell takes. To add a loss, add a line here.
 # Each maps a margin t of any shape to a loss of that shape. The paper trains with the logistic one:
 # it is non-negative, smooth, and its flat tail keeps f of (4.6) from growing without bound. The
 # exponential overflows fp32 (inf) for t < -88.7.
@@ -20,14 +20,14 @@ ELL = {
 }
 
 
-def lacks(ell: str) -> list[str]:
-    """What a loss of ELL lacks of Assumption 5.1 (decreasing, ℓ'(0) < 0, convex), in words.
+def unmet_assumptions(ell: str) -> list[str]:
+    """The conditions of Assumption 5.1 (decreasing, ℓ'(0) < 0, convex) that a loss of ELL violates.
 
-    Looked for by autograd on [−20, 20]. Empty for the paper's four losses."""
+    Autograd tests them on [−20, 20]. Returns them in words; [] for the paper's four losses."""
     t = (torch.arange(-2000, 2001, dtype=torch.float64) / 100).requires_grad_()
     (slope,) = torch.autograd.grad(ELL[ell](t).sum(), t)
     found = []
-    # "not all", as NaN is none of these
+    # with "not", NaN counts as a violation
     if not (slope <= 0).all():
         found.append("is not decreasing everywhere on [−20, 20]")
     if not slope[2000] < 0:
@@ -72,9 +72,16 @@ def sft_loss(policy_real: torch.Tensor) -> torch.Tensor:
     return -at_least_fp32(policy_real)
 
 
+def sft_loss_per_token(policy_real: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """sft_loss, (B,), each divided by the number of its own answer's tokens. As a sum it would
+    outweigh (4.7) where answers are long; as one mean over a batch's tokens it would depend on how
+    the batch is cut into micro-batches and ranks."""
+    return sft_loss(policy_real) / policy_real.new_tensor(lengths)
+
+
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """fp32, or wider where x is. Log-probabilities of answers are often below −256, and there bf16
-    holds even numbers only."""
+    """x in fp32, or unchanged if it is wider. Log-probabilities of answers are often below −256,
+    and there bf16 holds even numbers only."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -89,16 +96,16 @@ def sequence_logps(
 ) -> torch.Tensor:
     """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over y's tokens, not a mean.
 
-    model: a causal transformers model inside spin.model.packing.packed.
-    input_ids: (1, T), N sequences "prompt, answer" in one row. A prompt that y and y' share may
-    appear only once.
+    model: a causal transformers model that takes such a row; spin.model.packing.packed lets it.
+    input_ids: (1, T), N sequences "prompt, answer" in one row. If y and y' share a prompt, the row
+    may hold it once for both.
     position_ids: (1, T), the place of each token in its own sequence.
     labels: (K,), the tokens of all N answers; prompts are not among them.
     predictors: (K,), predictors[k] is the index in the row of the token just before labels[k].
     counts: how many of the K labels belong to each answer; N numbers that add up to K.
     attention: where each sequence begins and ends, as arguments of the model.
 
-    spin.model.packing.pack makes all but the model. Returns (N,), fp32 or wider. Raises
+    spin.model.packing.pack returns all arguments except model. Returns (N,), fp32 or wider. Raises
     RuntimeError in a second backward pass: the gradient of the first has overwritten the logits."""
     logits = model(
         input_ids=input_ids,
@@ -133,7 +140,7 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, logits, labels, in_place):  # (N, V), (N,)
         ctx.in_place = in_place
         ctx.overwritten = False
-        # tokens: 16 MiB in fp32, or on a GPU 64, where launches would take longer than the work
+        # tokens per block: 16 MiB of fp32 logits, on a GPU 64 MiB, or launches would dominate
         ctx.block = max(1, 2 ** (24 if logits.is_cuda else 22) // logits.shape[-1])
         blocks = logits.split(ctx.block)
         normaliser = torch.cat([at_least_fp32(block).logsumexp(-1) for block in blocks])  # (N,)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The outer loop of Algorithm 1: for t = 0 … T−1 the opponent θ_t answers every prompt, the
-# policy is trained against it, and what comes of it is evaluated. Picks up where it stopped.
+# The outer loop of Algorithm 1: for t = 0 … T−1 the opponent θ_t answers every prompt, the policy
+# is trained against it, and the new model is evaluated. A rerun goes on where the last one stopped.
 #
-#   bash run_iterations.sh [demo|small|paper] [--run DIR] [any flag of the stages]   (bare: paper)
-#   NPROC_PER_NODE=2 bash run_iterations.sh demo    ranks; by default one a GPU, or one on the CPU
+#   bash run_iterations.sh [demo|small|paper] [--run DIR] [any flag of the stages]  (default: paper)
+#   NPROC_PER_NODE=2 bash run_iterations.sh demo    2 ranks; by default one per GPU, else one on CPU
 #
 # Several nodes: start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, and --run
-# on a shared disk.
+# on a shared disk. GENERATE_PYTHON: the Python of stage 1, if vLLM has its own environment.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # it was started by another shell
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -69,6 +69,7 @@ LATER += [
 ]
 LATER += [Arm(f"λ = {lam}", f"--lam {lam}") for lam in ("0.1", "1", "20")]
 LATER += [Arm(f"ℓ = {e}", f"--ell {e}") for e in ("hinge", "correlation", "exponential")]
+LATER += [Arm(f"SFT term {w}", f"--sft-weight {w}") for w in ("1", "10")]
 LATER += [Arm(f"y' at {t}", f"--temperature {t}", shares=False) for t in ("0", "0.5", "1.5")]
 LATER += [Arm(f"SPIN, {e} epochs", f"--epochs {e}", iterations=1) for e in EPOCHS if e != 2]
 LATER += [
@@ -313,7 +314,7 @@ def tables(found: dict):
     for rate in RATES:
         rows[rate] = [found[f"SFT, {rate}, {e} epochs", "sft"][1] for e in SFT_EPOCHS]
     yield from table(["SFT: peak rate, epochs", *map(str, SFT_EPOCHS)], rows)
-    knobs = [arm.name for arm in LATER if arm.name[:2] in ("λ ", "ℓ ", "y'")]
+    knobs = [arm.name for arm in LATER if arm.name.startswith(("λ ", "ℓ ", "SFT term ", "y'"))]
     rows = {"none (λ = 5, logistic, y' at 1)": found["25", "spin"][1:]}
     rows |= {name: found[name, "spin"][1:] for name in knobs}
     yield from table(["change", *models[1:5]], rows)

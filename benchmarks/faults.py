@@ -1,4 +1,4 @@
-"""Random faults in the stages of a micro recipe: does the same command mend them afterwards?
+"""Random faults in the stages of a micro recipe: does the same command fix them afterwards?
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py [--faults 60] [--seed 0]
                                                   [--ranks 1 2] [--workers 1]

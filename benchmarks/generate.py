@@ -1,26 +1,32 @@
-"""Sampling: the authors' way against ours, in one run; and the memory of generate.py.
+"""Sampling: the authors' way against ours and vLLM, in one run; and the memory of generate.py.
 
     OMP_NUM_THREADS=1 python benchmarks/generate.py [--shape demo|30m|7b] [--prompts 512]
-                                  [--slots 64] [--median 100] [--repeats 3]
+                                  [--slots 64] [--median 100] [--repeats 3] [--longest 256]
+    OMP_NUM_THREADS=1 python benchmarks/generate.py --model DIR --engines generate vllm
     OMP_NUM_THREADS=1 python benchmarks/generate.py --memory 50000
+    OMP_NUM_THREADS=1 python benchmarks/generate.py --model DIR --distance 256
 
-Both have the same prompts, model and answer lengths. Authors' way: batches of 16 in the order of
+All have the same prompts, model and answer lengths. Authors' way: batches of 16 in the order of
 the data, padded on the left, model.generate with do_sample, at most 256 new tokens; a batch waits
 for its longest answer. Ours: `sample` of spin/sampling/engines.py on all prompts at once, longest
 first as in generate.py.
 
 A random model ends at random, so lengths are set: log-normal (--median tokens, sigma 0.8, cut at
 256). The EOS is forced there and forbidden before, in both by one write per step into the logits'
-EOS column. Prompts: random tokens, log-normal too (median 64, at most 512).
+EOS column; vLLM gets the length as max_tokens. It runs where vLLM is installed, and its engine is
+that of generate.py. Prompts: random tokens, log-normal too (median 64, at most 512).
 
 `idle`: share of slots × decode steps without a token of an answer. Medians of --repeats,
 interleaved. On a GPU also the limit: the time in which a copy moves the weights once per step of
 full slots, and each token's keys and values, and the share reached.
+--distance: the log-probabilities that vLLM and our own loop give N answers while generate.py
+samples them, against train.py's opponent.jsonl, which scores them again.
 --memory: generate.py itself on N short prompts with the demo model, and its resident memory as it
 goes.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -38,9 +44,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpu import llama, wait_for_device
 
+from spin.files import read_jsonl
 from spin.model.weights import compute_dtype
+from spin.recipe import Recipe
 from spin.run.ranks import device_of_rank
-from spin.sampling import engines
+from spin.sampling import engines, vllm_engine
 from spin.sampling.engines import cut_at_eos, sample
 
 REPO = Path(__file__).resolve().parent.parent
@@ -115,7 +123,18 @@ def generate(model, prompts, lengths, slots):
     return answers, steps, slots
 
 
-WAYS = {"authors": authors, "generate": generate}
+def vllm(engine, prompts, lengths, slots):
+    """generate.py's --engine vllm, whose decode steps are not known."""
+    knobs = {"ignore_eos": True, "detokenize": False}
+    texts = [{"prompt_token_ids": ids} for ids in prompts]
+    params = []
+    for seed, length in enumerate(lengths):
+        params.append(vllm_engine.load_vllm().SamplingParams(**knobs, seed=seed, max_tokens=length))
+    found = engine.generate(texts, params, use_tqdm=False)
+    return [len(request.outputs[0].token_ids) for request in found], None, slots
+
+
+WAYS = {"authors": authors, "generate": generate, "vllm": vllm}
 
 
 # ---- the limit of a GPU ----------------------------------------------------------------------
@@ -161,11 +180,11 @@ def share_of_bandwidth(model, number: int, slots: int = 64) -> tuple[float, floa
 # ---- side by side ----------------------------------------------------------------------------
 
 
-def random_model(shape: str):
+def random_model(shape: str, dtype: str = "auto"):
     """On a GPU, in bf16, where there is one."""
     device = device_of_rank(0)
     torch.manual_seed(0)
-    dtype = compute_dtype("auto", device)
+    dtype = compute_dtype(dtype, device)
     with device:
         return AutoModelForCausalLM.from_config(llama(*SHAPES[shape]), dtype=dtype).eval()
 
@@ -185,25 +204,45 @@ def draw(number: int, median: float = 100) -> tuple[list[list[int]], list[int]]:
 
 
 def side_by_side(args):
-    """Run both ways in turns on the same prompts, and print the table."""
+    """Run the ways in turns on the same prompts, and print the table."""
     cuda = torch.cuda.is_available()
     if args.shape == "7b" and not cuda:
         sys.exit("error: the 7b shape is for a GPU")
     logging.set_verbosity_error()
-    model = random_model(args.shape)
+    if args.model:
+        device = device_of_rank(0)
+        dtype = compute_dtype(args.dtype, device)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    else:
+        model = random_model(args.shape, args.dtype)
+    engines = dict.fromkeys(args.engines, model)
+    if "vllm" in args.engines:
+        engines["vllm"] = vllm_beside(model, args)
     prompts, lengths = draw(args.prompts, args.median)
     least = least_seconds(model, prompts, lengths, args.slots) if cuda else None
-    seconds = {name: [] for name in WAYS}
+    seconds = {name: [] for name in engines}
     idle = {}
     for _ in range(args.repeats):
-        for name, way in WAYS.items():
+        for name, engine in engines.items():
             begun = time.perf_counter()
-            answers, steps, slots = way(model, prompts, lengths, args.slots)
+            answers, steps, slots = WAYS[name](engine, prompts, lengths, args.slots)
             seconds[name].append(time.perf_counter() - begun)
             assert answers == lengths
-            idle[name] = f"{1 - sum(lengths) / (slots * steps):.0%}"
-    print_head(args.shape, model, prompts, lengths)
+            idle[name] = f"{1 - sum(lengths) / (slots * steps):.0%}" if steps else "–"
+    print_head(args.shape if not args.model else "a folder", model, prompts, lengths)
     print_rows(seconds, idle, sum(lengths), args.slots, least)
+
+
+def vllm_beside(model, args):
+    """vLLM with the same weights, which it reads from a folder. On a GPU it gets half the memory:
+    not run."""
+    vllm_engine.load_vllm()
+    dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
+    recipe = Recipe(max_length=512 + LONGEST, slots=args.slots, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        half = {"gpu_memory_utilization": 0.5} if model.device.type == "cuda" else {}
+        return vllm_engine.start(args.model or folder, recipe, model.device, **half)
 
 
 def print_head(shape: str, model, prompts, lengths):
@@ -220,7 +259,7 @@ def print_head(shape: str, model, prompts, lengths):
 def print_rows(seconds: dict[str, list[float]], idle: dict, tokens: int, slots: int, least):
     """The table. least: seconds at the limit of a GPU, or None."""
     print(
-        "| way | slots | tokens/s | slowest, fastest run | to the authors' | idle | "
+        "| way | slots | tokens/s | slowest, fastest run | to the first | idle | "
         "of the bandwidth limit |\n|---|---|---|---|---|---|---|"
     )
     rate = {name: tokens / statistics.median(times) for name, times in seconds.items()}
@@ -281,17 +320,87 @@ def watch(data: Path, run: Path, prompts: int) -> list[tuple[float, int, float]]
     return rows
 
 
+# ---- vLLM's log-probabilities and train.py's ---------------------------------------------------
+
+
+def distance(model: str, prompts: int):
+    """log p(y'|x) of the engine that samples minus that of opponent.jsonl, for vLLM and for our own
+    loop. The mean, with its sign, is an estimate of the KL divergence of the engine's p from the
+    model's."""
+    import generate as stage
+    import train
+
+    print(
+        "| engine | answers | tokens | nats per token: median | largest | per answer: median | "
+        "largest | mean, with its sign |\n|---|---|---|---|---|---|---|---|"
+    )
+    for engine, dtype in itertools.product(("vllm", "own"), ("fp32", "bf16")):
+        told = {}  # (seed, t, id): what vLLM says; our own loop: by a token's uniform number
+
+        def noting(*args, own=vllm_engine.sample, told=told, **_):
+            answers = own(*args, logprobs=0)
+            told |= {key: logps for key, (*_, logps) in zip(args[4], answers, strict=True)}
+            return answers
+
+        def noting_own(logits, numbers, *rest, own=engines.pick_token, told=told):
+            token = own(logits, numbers, *rest)
+            logps = logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            told |= dict(zip(numbers.tolist(), logps.tolist(), strict=True))
+            return token
+
+        with tempfile.TemporaryDirectory() as run:
+            flags = f"--iter 0 --recipe demo --revision= --template chat --engine {engine}"
+            flags += f" --num-prompts {prompts} --max-length 256 --max-new-tokens 64 --slots 64"
+            flags += f" --dtype {dtype} --micro-tokens 2048 --model {model} --run {run}"
+            with (
+                mock.patch.object(vllm_engine, "sample", noting),
+                mock.patch.object(engines, "pick_token", noting_own),
+            ):
+                stage.main(shlex.split(flags))
+            with mock.patch.object(train, "train"), mock.patch.object(train, "export"):
+                train.main(shlex.split(flags))
+            scored = {}
+            for row in read_jsonl(Path(run) / "iter0" / "opponent.jsonl"):
+                scored[row["id"]] = row["logp_generated"]
+            rows = [*read_jsonl(Path(run) / "iter0" / "generated.jsonl")]
+        off = []
+        for row in rows:
+            key = (0, 0, row["id"])
+            logps = told.get(key)
+            if engine == "own":
+                numbers = engines.uniforms(*key, number=len(row["generated_ids"]))
+                logps = torch.tensor([told[number] for number in numbers.tolist()])
+            off.append(logps.double().sum().item() - scored[row["id"]])
+        off = torch.tensor(off).double()
+        tokens = torch.tensor([len(row["generated_ids"]) for row in rows])
+        each = (off / tokens).abs()
+        print(
+            f"| {engine}, {dtype} | {len(rows)} | {tokens.sum()} | {each.median():.1e} | "
+            f"{each.max():.1e} | {off.abs().median():.1e} | {off.abs().max():.1e} | "
+            f"{off.mean():+.1e} |"
+        )
+
+
 def main():
+    global LONGEST
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="demo")
+    parser.add_argument("--model", metavar="DIR", help="a model's folder in the place of a shape")
+    parser.add_argument("--engines", nargs="+", choices=WAYS, default=["authors", "generate"])
+    parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--longest", type=int, default=LONGEST)
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--median", type=float, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, metavar="N")
+    parser.add_argument("--distance", type=int, metavar="N")
     args = parser.parse_args()
+    LONGEST = args.longest
     if args.memory:
         memory(args.memory)
+    elif args.distance:
+        distance(args.model, args.distance)
     else:
         side_by_side(args)
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import simulate
 import train_gpu
-from numerics import NotRun, hold, kernels, precision, probes, random_model, refusal
+from numerics import NotRun, hold, kernels, model_checks, precision, random_model, refusal
 
 from spin.files import fail, read_json, read_jsonl
 from spin.model.packing import packed
@@ -242,7 +242,7 @@ def sampling(here) -> str:
 
 # ---- all -----------------------------------------------------------------------------------------
 
-STEPS = [machine, kernels, probes, precision, demo, two_ranks, waits, speed, sampling]
+STEPS = [machine, kernels, model_checks, precision, demo, two_ranks, waits, speed, sampling]
 STEPS += [out_of_memory]
 
 

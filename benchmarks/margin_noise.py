@@ -17,7 +17,7 @@ import train
 from spin import checks
 from spin.data.pairs import encode_pairs
 from spin.data.rows import sampled_rows
-from spin.data.text import load_codec
+from spin.data.text import load_renderer
 from spin.model.packing import packed
 from spin.model.weights import load_empty, read_weights
 from spin.recipe import parse
@@ -27,11 +27,11 @@ from spin.run.ranks import process_group
 
 def read_pairs(recipe, run: Path, start: str) -> list[dict]:
     """The pairs of iteration 0, as ids."""
-    codec = load_codec(start, recipe)
+    renderer = load_renderer(start, recipe)
     path = iteration_folder(run, 0) / "generated.jsonl"
-    rows = list(sampled_rows(path, 0, codec))
+    rows = list(sampled_rows(path, 0, renderer))
     checks.same_prompts(run / "prompts.json", rows, path)
-    return encode_pairs(rows, codec, recipe)
+    return encode_pairs(rows, renderer, recipe)
 
 
 def print_noise(name: str, opponent, policy):

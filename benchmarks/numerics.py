@@ -1,4 +1,4 @@
-"""Steps 1 to 3 of gpu_check.py: are attention, the probe and a packed row right on this device?
+"""Steps 1 to 3 of gpu_check.py: are attention, packed rows and their check right on this device?
 
 `here` has: device; dtype, the compute dtype; short: few, short sequences and small models. Each
 step returns its figures, or raises AssertionError with what is wrong."""
@@ -21,7 +21,7 @@ from loss import sequence_logps, token_logps
 from spin.data.pairs import packed_pairs, share_prompts
 from spin.model import attention
 from spin.model.packing import pack, packed
-from spin.model.probe import probe
+from spin.model.scoring_check import check_scoring
 from spin.recipe import Recipe
 from spin.run.ranks import World
 
@@ -46,7 +46,7 @@ def refusal(call, *args) -> str:
 
 
 def small_llama(here):
-    """The config of a few wide layers, whose bf16 is off by about 0.01 nats a token."""
+    """The config of a few wide layers, whose bf16 is off by about 0.01 nats per token."""
     sizes = (64, 128, 2, 4, 2, 512) if here.short else (2048, 5632, 4, 32, 4, 32000)
     return train_gpu.llama(*sizes, False)
 
@@ -134,8 +134,8 @@ def spoil_free_memory(here):
     del blocks
 
 
-def probes(here) -> str:
-    """The probe of each stage passes three shapes, and refuses attention that is not causal."""
+def model_checks(here) -> str:
+    """The check of scoring passes three shapes, and refuses attention that is not causal."""
     recipe = Recipe(max_length=128 if here.short else 2048)
     world = World(0, 1, here.device)
     grouped, alike = small_llama(here), small_llama(here)
@@ -143,7 +143,7 @@ def probes(here) -> str:
     window = {"sliding_window": 7 if here.short else 256}
     windowed = transformers.MistralConfig(**grouped.to_dict() | window)
     for name, config in (("grouped", grouped), ("alike", alike), ("windowed", windowed)):
-        line = refusal(probe, random_model(here, config), recipe, world)
+        line = refusal(check_scoring, random_model(here, config), recipe, world)
         hold(not line, f"{name}: {line}")
     sdpa = F.scaled_dot_product_attention
     ours = SimpleNamespace(scaled_dot_product_attention=lambda *x, is_causal, **y: sdpa(*x, **y))
@@ -151,7 +151,7 @@ def probes(here) -> str:
         mock.patch.object(attention, "kernel_for", lambda *_: None),
         mock.patch.object(attention, "F", ours),
     ):
-        line = refusal(probe, random_model(here, grouped), recipe, world)
+        line = refusal(check_scoring, random_model(here, grouped), recipe, world)
     hold("cannot keep sequences apart" in line, f"attention without its causal flag passes: {line}")
     return f"three models pass; causal flag off: {line.partition('apart: ')[2][:70]} …"
 
@@ -180,8 +180,8 @@ def precision(here) -> str:
         alone.append(logps[torch.as_tensor(mask[1:] == 1, device=here.device)])
         (sign * alone[-1].sum()).backward()
     off = (got - torch.cat(alone)).abs().mean().item()
-    hold(off < 0.02, f"packed in {here.dtype} and alone in fp32 differ by {off:.2g} nats a token")
+    hold(off < 0.02, f"packed in {here.dtype} and alone in fp32 differ by {off:.2g} nats per token")
     a, b = (torch.cat([w.grad.flatten().double() for w in m.parameters()]) for m in (model, exact))
     cosine = F.cosine_similarity(a, b, dim=0).item()
     hold(cosine > 0.999, f"the cosine of the gradients is {cosine:.6f}")
-    return f"{off:.2g} nats a token, cosine of the gradients {cosine:.6f}"
+    return f"{off:.2g} nats per token, cosine of the gradients {cosine:.6f}"

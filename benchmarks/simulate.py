@@ -424,7 +424,7 @@ def gpus(setting: Setting) -> str:
 
 
 def by_formula(setting: Setting) -> str:
-    """GB a rank by the formula of docs/memory-and-speed.md, without the process."""
+    """GB a rank by the formula of benchmarks/RESULTS.md, without the process."""
     if not setting.recompute or setting.lora_rank:
         return "none"
     config = SHAPES[setting.shape]()

@@ -36,12 +36,18 @@ from transformers import LlamaConfig, MistralConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from loss import sequence_logps, spin_loss
-from spin.data.pairs import batches, micro_batches, packed_pairs, share_prompts, tokens_of
+from spin.data.pairs import (
+    batches,
+    micro_batches,
+    opponent_of,
+    packed_pairs,
+    share_prompts,
+    tokens_of,
+)
 from spin.model import lora
 from spin.model.packing import is_padded, packed
 from spin.model.weights import clip_gradients, compute_dtype, make_room, without_weights
 from spin.recipe import Recipe
-from spin.report.metrics import opponent_of
 from spin.run.ranks import process_group
 
 

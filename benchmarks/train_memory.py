@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/train_memory.py [pairs] [prompts] [sizes] [ranks]
     python benchmarks/train_memory.py formula      what a GPU needs by the formula, computed only
 
-The formula is that of docs/memory-and-speed.md. Each other figure is the largest resident size of a
+The formula is that of benchmarks/RESULTS.md. Each other figure is the largest resident size of a
 process of its own that scores and trains (and exports), on the CPU in fp32: real runs of the stage.
 pairs: the demo's model. prompts: 30M parameters, answers of 300 tokens, prompts of 100 and of 400.
 sizes: one step of 8 pairs for three sizes with the demo's tokenizer, beside the formula. ranks:
@@ -161,7 +161,7 @@ def formula(
     process: float = 500,
     offload: bool = False,
 ) -> float:
-    """What one rank with --recompute needs, MiB (docs/memory-and-speed.md).
+    """What one rank with --recompute needs, MiB (benchmarks/RESULTS.md).
 
     tokens: of a micro-batch; responses: those of answers among them. wide: bytes of the compute
     dtype. process: MiB of Python and torch."""

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loss import token_logps
-from spin.data.text import encode, make_codec
+from spin.data.text import encode, make_renderer
 from spin.files import write_jsonl
 
 HERE = Path(__file__).resolve().parent
@@ -152,7 +152,7 @@ def train(model, tokenizer, banned: set[str], steps: int, rng: random.Random):
     `banned`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
-    codec = make_codec(tokenizer, "paper")
+    renderer = make_renderer(tokenizer, "paper")
     bar = tqdm(range(steps))
     for step in bar:
         # a batch of tasks that nobody has seen
@@ -161,7 +161,7 @@ def train(model, tokenizer, banned: set[str], steps: int, rng: random.Random):
             kind, prompt, answer = task(rng)
             if prompt not in banned:
                 written = careless(rng, kind, answer)
-                rows.append(encode(codec, {"prompt": prompt}, written))
+                rows.append(encode(renderer, {"prompt": prompt}, written))
 
         # the update
         loss = nll_per_token(model, rows)

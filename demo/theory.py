@@ -207,6 +207,13 @@ def greedy(table) -> torch.Tensor:
     return torch.nn.functional.one_hot(table.argmax(-1), len(RESPONSES)).double().log()
 
 
+def noisy(table, nats: float, seed: int) -> torch.Tensor:
+    """log p with normal noise of this standard deviation, as rounding brings, normalised again."""
+    chance = torch.Generator().manual_seed(seed)
+    noise = torch.randn(table.shape, generator=chance, dtype=table.dtype)
+    return (table + nats * noise).log_softmax(-1)
+
+
 def gradient_noise(model, data, lam, batch: int = 1) -> tuple[float, float]:
     """E‖g − E g‖² of a minibatch gradient at θ = θ_t: of λ/2 times SFT, and of SPIN with y' ~ p_θt.
 
@@ -314,6 +321,9 @@ def print_first_step(data, model):
     }
     for name, generated in sources.items():
         print(f"  {name:24} {gradient_error(model, data, 0.1, generated):.2e}")
+    for nats in (0.5, 5e-4):  # an engine's in bf16 and fp32 (benchmarks/RESULTS.md)
+        errors = [gradient_error(model, data, 0.1, noisy(table, nats, k)) for k in range(20)]
+        print(f"  p_θt, {nats:g} nats of noise  {sum(errors) / 20:.2e}")
 
     print("Its noise: E‖g − E g‖ over ‖E g‖, for λ/2·SFT and for SPIN")
     signal = 0.05 * gradient(expected_sft_loss(tabulate(model), data), model).norm()

@@ -1,9 +1,10 @@
-"""What a stage refuses before it starts: a damaged, foreign or missing file of the run; and after a
-step: numbers that are not finite. A stage calls before_…() first. A refusal is one line that says
-what to do, exit code 2, and nothing is written. docs/troubleshooting.md lists the messages.
+"""What a stage refuses before it starts: a file of the run that is damaged, missing, or made from
+something else. And after a step: numbers that are not finite. A stage calls before_…() first. A
+refusal is one line that says what to do, with exit code 2, and nothing is written.
+docs/troubleshooting.md lists the messages.
 
 run_iterations.sh asks, before the first stage:
-    python -m spin.checks --recipe demo      prints run directory, iterations, baseline"""
+    python -m spin.checks --recipe demo      prints run directory, iterations, baseline, …"""
 
 import hashlib
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from spin.data.rows import sampled_rows
-from spin.data.text import load_codec
+from spin.data.text import load_renderer
 from spin.files import AGAIN, fail, io_errors_in_one_line, locate, read_json, weight_files
 from spin.model.weights import has_nonfinite
 from spin.recipe import Recipe, fixed_knobs, parse
@@ -33,7 +34,7 @@ OF_THE_SET = ("id", "system", "prompt", "real")
 
 
 def before_generating(recipe: Recipe, run: Path, t: int):
-    """The run is this recipe's, and θ_t is there. Answers that are there were given by this θ_t."""
+    """Check that the run has this recipe, θ_t exists, and answers that exist are of this θ_t."""
     run_directory(recipe, run)
     folder = iteration_folder(run, t)
     theta_t = theta(recipe, run, t)
@@ -41,24 +42,26 @@ def before_generating(recipe: Recipe, run: Path, t: int):
         same_start(folder, theta_t, recipe)
 
 
-def before_training(recipe: Recipe, run: Path, t: int, foreign: list[str]):
+def before_training(recipe: Recipe, run: Path, t: int, given_pairs: list[str]):
     """The run is this recipe's; θ_t and its answers are there, and belong together.
-    foreign: hashes of the files of --pairs, which take the answers' place."""
+    given_pairs: hashes of the files of --pairs, which take the answers' place."""
     run_directory(recipe, run)
     folder = iteration_folder(run, t, recipe.objective)
-    if (folder / "model").is_dir():
-        return same_pairs(folder, foreign)
-    start = theta(recipe, run, t, recipe.objective)
-    same_start(folder, start, recipe)
-    codec = load_codec(start, recipe)
-    for s, path in answers_of(recipe, run, t).items() if not foreign else ():
+    finished = (folder / "model").is_dir()
+    start = starting_model(recipe, run, t, recipe.objective)
+    if not finished or Path(start).exists():  # of a finished iteration it may be deleted
+        same_start(folder, theta(recipe, run, t, recipe.objective), recipe)
+    if finished:
+        return same_pairs(folder, given_pairs)
+    renderer = load_renderer(start, recipe)
+    for s, path in answers_of(recipe, run, t).items() if not given_pairs else ():
         rows = []
-        for row in sampled_rows(path, s, codec):  # not its token ids, which take much memory
+        for row in sampled_rows(path, s, renderer):  # not its token ids, which take much memory
             rows.append({name: row.get(name) for name in OF_THE_SET})
         expected = read_record(path.parent).get("rows", len(rows))
         if len(rows) != expected:
-            mend = f"delete it and run generate.py --iter {s} again"
-            fail(f"{path} has {len(rows)} of {expected} rows, so it was cut off: {mend}")
+            fix = f"delete it and run generate.py --iter {s} again"
+            fail(f"{path} has {len(rows)} of {expected} rows, so it was cut off: {fix}")
         same_prompts(run / "prompts.json", rows, path)
 
 
@@ -85,8 +88,8 @@ def run_directory(recipe: Recipe, run: Path):
     asked = {name: value for name, value in fixed_knobs(recipe).items() if saved[name] != value}
     other = [f"{name}: {saved[name]!r} there, {value!r} asked" for name, value in asked.items()]
     if other:
-        mend = "give the same flags, or another --run"
-        fail(f"{run} holds a run of another recipe ({'; '.join(other)}); {mend}")
+        fix = "give the same flags, or another --run"
+        fail(f"{run} holds a run of another recipe ({'; '.join(other)}); {fix}")
     theta_0 = locate(recipe.model)
     if Path(theta_0).is_dir() and fingerprint(theta_0, recipe.revision) != saved["theta_0"]:
         fail(f"{theta_0} is not the model that {run} began with: {RESTORE}")
@@ -126,8 +129,8 @@ def model_folder(name: str) -> str:
     name = locate(name)
     folder = Path(name)
     if any(folder.glob("adapter_*")):
-        mend = "merge it into its model (peft's merge_and_unload), or move the files adapter_* away"
-        fail(f"{name} holds an adapter, and --model wants whole weights: {mend}")
+        fix = "merge it into its model (peft's merge_and_unload), or move the files adapter_* away"
+        fail(f"{name} holds an adapter, and --model wants whole weights: {fix}")
     if folder.exists() and not (folder / "config.json").is_file():
         fail(f"{name} holds no config.json: --model wants a transformers folder or a hub id")
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
@@ -145,8 +148,8 @@ def same_start(folder: Path, theta_t: str, recipe: Recipe):
     """Refuse an iteration that was begun from another θ_t than the one that is there now."""
     known = read_record(folder).get("theta")
     if known and known != fingerprint(theta_t, recipe.revision):
-        mend = f"restore that model, or delete {folder} to start this iteration again"
-        fail(f"{folder} was made from another model than {theta_t}, which has changed: {mend}")
+        fix = f"restore that model, or delete {folder} to start this iteration again"
+        fail(f"{folder} was made from another model than {theta_t}, which has changed: {fix}")
 
 
 def same_chunks(folder: Path, made_from: dict):
@@ -155,11 +158,11 @@ def same_chunks(folder: Path, made_from: dict):
         fail(f"{folder} holds answers of another model or to other prompts: delete it")
 
 
-def same_pairs(folder: Path, foreign: list[str]):
+def same_pairs(folder: Path, given_pairs: list[str]):
     """Refuse a finished iteration that was trained on other pairs."""
-    if read_record(folder).get("foreign", []) != foreign:
-        mend = "give the same --pairs (none if it was none), or choose another --run"
-        fail(f"{folder / 'model'} was not trained on these pairs: {mend}")
+    if read_record(folder).get("given_pairs", []) != given_pairs:
+        fix = "give the same --pairs (none if it was none), or choose another --run"
+        fail(f"{folder / 'model'} was not trained on these pairs: {fix}")
 
 
 def same_result(out: Path, made_from: dict):
@@ -169,13 +172,13 @@ def same_result(out: Path, made_from: dict):
     known = found if isinstance(found, dict) else {}
     other = [name for name in made_from if name not in known or known[name] != made_from[name]]
     if other:
-        mend = "delete it, or give another --out"
-        fail(f"{out} is there already, made with another {', '.join(other)}: {mend}")
+        fix = "delete it, or give another --out"
+        fail(f"{out} is there already, made with another {', '.join(other)}: {fix}")
 
 
 def same_prompts(path: Path, pairs, source) -> dict:
-    """The content of RUN/prompts.json: number and hash of the prompts and human answers in source.
-    Refuses pairs of others than the file there holds."""
+    """The content of `path` (prompts.json, heldout.json): number and hash of the prompts and human
+    answers in source. Refuses them if they are not those that the file records."""
     facts = [[pair.get(name) for name in OF_THE_SET] for pair in pairs]
     text = "".join(sorted(map(json.dumps, facts)))  # sorted, so that their order does not matter
     mine = {"prompts": len(facts), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -219,7 +222,7 @@ def main(argv=None):
     for t in range(recipe.iterations):
         if (iteration_folder(args.run, t) / "model").exists():
             same_pairs(iteration_folder(args.run, t), [])  # the loop's own have no --pairs
-    print(args.run, recipe.iterations, int(recipe.sft_baseline), sep="\t")
+    print(args.run, recipe.iterations, int(recipe.sft_baseline), recipe.tensor_parallel, sep="\t")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Files: written whole or not at all, read with a line number where they are broken.
-And how a stage ends when something is wrong: one line that begins with `error:`, exit code 2."""
+"""Files are written whole or not at all; an error in one names the line. If something is wrong, a
+stage "ends with one line": `error:` and what to do on stderr, and exit code 2."""
 
 import contextlib
 import gzip
@@ -16,8 +16,8 @@ AGAIN = "copy or download it again"  # what helps when a model's file is damaged
 
 
 def fail(message: str):
-    """End the stage as a user's mistake: one line on stderr, exit code 2. Rank 0 prints it; another
-    rank does so only if it is still there after half a minute."""
+    """End the stage because of a user's mistake: one line on stderr, exit code 2. Rank 0 prints it;
+    another rank prints it only if that rank is still running half a minute later."""
     if int(os.environ.get("RANK", 0)) != 0:
         # torchrun ends all ranks by SIGTERM when one has left; rank 0 should get its line out first
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -31,8 +31,8 @@ def fail(message: str):
 def fail_for_io(problem: Exception):
     """End the stage because a file cannot be read or written: a full disk, mostly."""
     print(file=sys.stderr)  # a progress bar may have left its line open
-    mend = "mend that (make room, where a disk is full), and run the same command again"
-    fail(f"cannot read or write: {problem}; {mend}: what is finished was kept")
+    fix = "fix that (make room, where a disk is full), and run the same command again"
+    fail(f"cannot read or write: {problem}; {fix}: what is finished was kept")
 
 
 @contextlib.contextmanager
@@ -49,17 +49,17 @@ def io_errors_in_one_line():
 
 
 def refuse_half_a_launch():
-    """Refuse torchrun's variables in part, or at odds: torch would wait for hours for the
-    others."""
+    """Refuse torchrun's variables if one is missing or they contradict each other: torch would wait
+    for the other ranks for hours."""
     rank, size, port = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     local, on_node = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
     numbers = rank, size, port, local, on_node
     fits = os.environ.get("MASTER_ADDR") and all(map(str.isdecimal, numbers))
     here = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     if here and not (fits and int(local) <= int(rank) < int(size) and 0 < int(port) < 2**16):
-        os.environ["RANK"] = "0"  # the line need not wait for another rank's
+        os.environ["RANK"] = "0"  # else fail would wait half a minute for rank 0
         wanted = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not fit together"
-        fail(f"{wanted}: start several ranks by torchrun, or one after unset {' '.join(here)}")
+        fail(f"{wanted}: start several ranks with torchrun; for one, first unset {' '.join(here)}")
 
 
 def write_whole(path: Path, text: str):
@@ -88,20 +88,20 @@ def append_jsonl(path: Path, row: dict):
         file.write(json.dumps(row) + "\n")
 
 
-def read_json(path: Path, mend: str) -> dict:
+def read_json(path: Path, fix: str) -> dict:
     """The object in a JSON file of the run; {} if there is no file. A damaged file is refused, in
-    a line that ends with `mend`."""
+    a line that ends with `fix`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not isinstance(found, dict):
             raise ValueError("not an object")
         return found
     except ValueError as problem:
-        fail(f"{path} is damaged ({problem}): {mend}")
+        fail(f"{path} is damaged ({problem}): {fix}")
 
 
 def read_jsonl(path: Path):
-    """The objects of a JSONL file. Ends with file and line number at a line that is not one."""
+    """The objects of a JSONL file. Any other line ends the stage; the message gives its number."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -115,7 +115,7 @@ def read_jsonl(path: Path):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads the weights in a folder from."""
+    """The safetensors files in a folder from which transformers reads the weights."""
     index = read_json(folder / "model.safetensors.index.json", AGAIN)
     parts = {folder / name for name in index.get("weight_map", {}).values()}
     whole = folder / "model.safetensors"

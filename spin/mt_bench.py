@@ -14,9 +14,9 @@ from pathlib import Path
 
 from spin import checks
 from spin.data.rows import Unusable
-from spin.data.text import PLAIN, Codec, decode, encode, load_codec, render_messages
+from spin.data.text import PLAIN, Renderer, decode, encode, load_renderer, render_messages
 from spin.files import check_out, fail, io_errors_in_one_line, read_jsonl, write_jsonl
-from spin.model.sampling_probe import probe_sampling
+from spin.model.sampling_check import check_sampling
 from spin.model.weights import load_frozen
 from spin.recipe import STREAM, parse
 from spin.run.ranks import gather, process_group
@@ -40,16 +40,16 @@ def main(argv=None):
         fail(f"{args.out} is there already: delete it, or give another --out")
     policy = checks.model_folder(recipe.model)
     questions = read_questions(args.questions)
-    codec = load_codec(policy, recipe)
+    renderer = load_renderer(policy, recipe)
     with process_group() as world:
         model = load_frozen(policy, recipe, world)
         room = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
         alone = replace(recipe, max_length=room or recipe.max_length, slots=1)
-        probe_sampling(model, alone, world)
+        check_sampling(model, alone, world)
         rows = {}
         for k in range(world.rank, len(questions), world.size):
             row = {"question_id": questions[k]["question_id"], "answer_id": uuid.uuid4().hex}
-            turns = answer(model, codec, questions[k], k, recipe, room)
+            turns = answer(model, renderer, questions[k], k, recipe, room)
             row |= {"model_id": args.out.stem, "choices": [{"index": 0, "turns": turns}]}
             rows[k] = {**row, "tstamp": time.time()}
         rows = {k: row for part in gather(rows, world) for k, row in part.items()}
@@ -63,8 +63,8 @@ def read_questions(path: Path) -> list[dict]:
     questions = list(read_jsonl(path))
     try:
         for row in questions:
-            texts = row["turns"] + [row.get("category", "")]  # adds a list to nothing but a list
-            "".join(texts).encode()  # refuses what is no text, and half of a surrogate pair
+            texts = row["turns"] + [row.get("category", "")]  # TypeError unless turns is a list
+            "".join(texts).encode()  # raises for what is not text, or holds half a surrogate pair
             if "question_id" not in row or not row["turns"]:
                 raise KeyError
     except (KeyError, TypeError, UnicodeError):
@@ -73,31 +73,31 @@ def read_questions(path: Path) -> list[dict]:
     return questions
 
 
-def answer(model, codec: Codec, question: dict, k: int, recipe, room: int) -> list[str]:
+def answer(model, renderer: Renderer, question: dict, k: int, recipe, room: int) -> list[str]:
     """The answers to question k, turn by turn; each turn sees those before it. The chat template
     renders the conversation as one. Other templates know one round: rounds follow one another.
     room: the model's positions, 0 where it has no limit."""
     temperature = TEMPERATURE.get(question.get("category"), 0.7)
     most = recipe.max_new_tokens
     messages, answers = [], []
-    ids = list(codec.bos_ids)  # of the conversation so far
+    ids = list(renderer.bos_ids)  # of the conversation so far
     for turn, text in enumerate(question["turns"]):
         messages.append({"role": "user", "content": text})
         try:
-            if codec.template == "chat":
-                whole = render_messages(codec, messages)
-                ids = codec.tokenizer(whole, add_special_tokens=False)["input_ids"]
+            if renderer.template == "chat":
+                whole = render_messages(renderer, messages)
+                ids = renderer.tokenizer(whole, add_special_tokens=False)["input_ids"]
             else:
-                ids = ids + encode(codec, {"prompt": text})[0][len(codec.bos_ids) :]
+                ids = ids + encode(renderer, {"prompt": text})[0][len(renderer.bos_ids) :]
         except Unusable as problem:
             fail(f"a question cannot be asked, {problem}: {PLAIN}")
         if room and len(ids) + most > room:
             needs = f"a conversation may need {len(ids) + most} positions with its next answer"
             fail(f"{needs}, the model has {room}: lower --max-new-tokens")
         uniform = uniforms(recipe.seed, turn, k, STREAM["mt_bench"], number=most)[None]
-        (reply, _), *_ = sample(model, [ids], codec.end_ids, most, uniform, temperature)
+        (reply, _), *_ = sample(model, [ids], renderer.end_ids, most, uniform, temperature)
         ids = ids + reply
-        answers.append(decode(codec, reply))
+        answers.append(decode(renderer, reply))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 

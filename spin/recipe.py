@@ -1,11 +1,12 @@
-"""Every knob of SPIN once: a dataclass (one default, one help line each), and the table of recipes.
+"""Every knob (setting) of SPIN, defined once, with one default and one help line; and the recipes.
 The defaults are the paper's (Section 6.1 and Appendix B.1 of arXiv 2401.01335v3); RECIPES lists
-what `small` and `demo` do otherwise."""
+what `small` and `demo` do differently."""
 
 import argparse
 import dataclasses
 import datetime
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -22,7 +23,7 @@ NOT_NEGATIVE = ("must be zero or positive", lambda v: v >= 0)
 FRACTION = ("must be between 0 and 1", lambda v: 0 <= v <= 1)
 PART = ("must be above 0 and at most 1", lambda v: 0 < v <= 1)
 BELOW_1 = ("must be at least 0 and below 1", lambda v: 0 <= v < 1)
-# divided by less, logits would overflow
+# divided by a smaller temperature, logits would overflow
 WARM = ("must be 0 (greedy) or at least 0.001", lambda v: v == 0 or v >= 1e-3)
 NOT_COLD = ("must be at least 0.001", lambda v: v >= 1e-3)
 
@@ -42,7 +43,7 @@ class Recipe:
     """All knobs, as resolved. A tuple of numbers has one value per iteration; the last serves
     later iterations too."""
 
-    # what plays: Section 6.1; the revision is the one the authors' repository names
+    # the models and the data: Section 6.1; the revision is the one that the authors' code names
     model: str = knob("alignment-handbook/zephyr-7b-sft-full", "theta_0: hub id or folder")
     revision: str = knob(
         "ac6e600eefcce74f5e8bae1035d4f66019e93190", "hub revision of --model ('': newest)"
@@ -51,18 +52,18 @@ class Recipe:
         "HuggingFaceH4/ultrachat_200k", "the SFT set: file, folder or hub id (docs/data.md)"
     )
     split: str = knob("train_sft", "split of --data, if it is a hub id")
-    num_prompts: int = knob(50_000, "prompts from --data; fewer are a subset of more", POSITIVE)
+    num_prompts: int = knob(50_000, "prompts from --data; a smaller number is a subset", POSITIVE)
     eval_data: str = knob("HuggingFaceH4/ultrachat_200k", "held-out SFT set: hub id or file")
     eval_split: str = knob("test_sft", "split of --eval-data, if it is a hub id")
     eval_prompts: int = knob(500, "held-out prompts; our choice", POSITIVE)
     eval_temperature: float = knob(
-        0.6, "a second temperature of evaluate.py's expected exact match, beside 1", NOT_COLD
+        0.6, "evaluate.py computes the expected exact match at this temperature and at 1", NOT_COLD
     )
     template: str = knob("paper", "'paper' (Appendix B.1), 'chat', or a string with {prompt}")
     template_kwargs: tuple[str, ...] = knob(
         (), "arguments of the chat template, as name=value: enable_thinking=false"
     )
-    date: str = knob("", "the day that a chat template may write, YYYY-MM-DD; today in a new run")
+    date: str = knob("", "YYYY-MM-DD, for a chat template that shows it; none: the run's first day")
     iterations: int = changeable(4, "iterations T of Algorithm 1", POSITIVE)
     seed: int = knob(0, "seed of the subset, the sampling and the order of pairs", NOT_NEGATIVE)
     sft_baseline: bool = changeable(
@@ -72,15 +73,20 @@ class Recipe:
     # stage 1: y' ~ p_θt, the plain distribution of Algorithm 1
     temperature: float = knob(1.0, "sampling temperature of y'; 0 is greedy", WARM)
     top_p: float = knob(1.0, "nucleus of y'; 1 leaves the distribution untruncated", PART)
+    engine: str = knob("own", "what samples y': our loop, or vLLM", choices=("own", "vllm"))
     max_new_tokens: int = knob(256, "longest y' in tokens; 256 in the authors' code", POSITIVE)
     chunk: int = knob(512, "prompts that a rank takes, answers and writes at a time", POSITIVE)
 
-    # stage 2: Appendix B.1; two epochs of Section 6.1; mix: 50k pairs, then 100k
+    # stage 2: from Appendix B.1; Section 6.1 has 2 epochs, and 50k, then 100k pairs (hence mix)
     objective: str = changeable(
         "spin", "SPIN (4.7), or SFT (3.1) into RUN/sft", choices=("spin", "sft")
     )
     lam: tuple[float, ...] = knob((0.1, 0.1, 0.1, 5.0), "lambda of (4.7), by iteration", POSITIVE)
     ell: str = knob("logistic", "the loss l of Assumption 5.1", choices=tuple(ELL))
+    # RPO's term (arXiv 2405.16436): the usual complaint is that human answers lose probability
+    sft_weight: float = knob(
+        0.0, "weight of the SFT loss of y (mean per token), which is added to (4.7)", NOT_NEGATIVE
+    )
     lr: tuple[float, ...] = knob((5e-7, 5e-7, 1e-7, 1e-7), "peak rate, by iteration", POSITIVE)
     mix: tuple[int, ...] = knob(
         (1, 2), "number of newest iterations whose pairs are used", POSITIVE
@@ -94,15 +100,16 @@ class Recipe:
 
     # adapters instead of full fine-tuning (spin/model/lora.py): ours; the paper trains all weights
     lora_rank: int = knob(0, "rank of LoRA's adapters; 0: all weights are trained", NOT_NEGATIVE)
-    lora_alpha: float = knob(16.0, "adapters count alpha / rank times", POSITIVE)
+    lora_alpha: float = knob(16.0, "adapters are scaled by alpha / rank", POSITIVE)
     lora_targets: tuple[str, ...] = knob(
-        (), "layers that get adapters, as q_proj; none: all linear ones of the blocks"
+        (), "layers that get adapters, such as q_proj; none: all linear layers except the head"
     )
 
     # the machine's knobs: they change speed and memory; results change only by rounding
     slots: int = changeable(
         64, "answers in progress at once on a rank; 64 in Appendix B.1", POSITIVE
     )
+    tensor_parallel: int = changeable(1, "GPUs per rank of generate.py, for vLLM", POSITIVE)
     micro_tokens: int = changeable(
         8192, "tokens per pass and rank; a longer pair goes alone", POSITIVE
     )
@@ -120,9 +127,10 @@ class Recipe:
     offload: bool = changeable(False, "weights, gradients and optimizer in host memory (slow)")
     replicas: int = changeable(1, "whole copies of the sharded model, such as one a node", POSITIVE)
     checkpoint_every: int = changeable(200, "optimizer steps between resume checkpoints", POSITIVE)
+    track: str = changeable("none", "a live logger", choices=("none", "trackio", "wandb"))
 
     def revision_of(self, name: str) -> str | None:
-        """The hub revision of a model: the recipe's for the recipe's own, else the newest."""
+        """The hub revision of a model: --revision if it is --model, else None, the newest."""
         return (self.revision if name == self.model else "") or None
 
     def at(self, t: int) -> "Numbers":
@@ -133,7 +141,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a recipe has by iteration, for one of them."""
+    """The knobs that have a value per iteration, with their values in one iteration."""
 
     lam: float  # λ of (4.7)
     lr: float  # peak learning rate
@@ -212,7 +220,7 @@ def parse(argv=None, description="", *stage_flags) -> tuple[Recipe, argparse.Nam
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.default, tuple):
             kind["nargs"] = "+"
-        about = f"{f.metadata['help']} (default: {as_text(f.default) or 'none'})"
+        about = f"{f.metadata['help']} (paper: {as_text(f.default) or 'none'})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=about, **kind)
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
@@ -261,11 +269,17 @@ def _check_values(recipe: Recipe):
         if recipe.template != "chat" or "=" not in item:
             fail(f"--template-kwargs {item}: name=value is wanted, and --template chat")
     if not recipe.lora_rank and (recipe.lora_targets or recipe.lora_alpha != Recipe.lora_alpha):
-        fail("--lora-targets and --lora-alpha with --lora-rank 0: give a rank, or leave them out")
+        fail("--lora-targets and --lora-alpha need --lora-rank: give a rank, or leave them out")
+    if recipe.engine == "own" and recipe.tensor_parallel > 1:
+        fail("--tensor-parallel needs --engine vllm: --engine own samples on one GPU per rank")
+    if recipe.engine == "vllm" and 0 < recipe.temperature < 0.01:
+        fail(f"--temperature {recipe.temperature}: vLLM would take 0.01; give that, or 0")
     try:
         datetime.date.fromisoformat(recipe.date)
     except ValueError:
         fail(f"--date must be a day as YYYY-MM-DD, got {recipe.date!r}")
+    if recipe.track != "none" and not importlib.util.find_spec(recipe.track):
+        fail(f"--track {recipe.track} needs the package {recipe.track}: pip install {recipe.track}")
     if recipe.max_new_tokens >= recipe.max_length:
         no_room = f"--max-new-tokens {recipe.max_new_tokens} leaves no room for a prompt"
         fail(f"{no_room} in --max-length {recipe.max_length}")

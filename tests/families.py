@@ -1,5 +1,5 @@
 """Tiny random models of many families, each with the demo's tokenizer, and each sequence's log p by
-transformers alone: the oracle of test_families.py and test_probe.py."""
+transformers alone: the oracle of test_families.py and test_model_checks.py."""
 
 import random
 import shutil

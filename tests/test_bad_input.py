@@ -243,6 +243,11 @@ def other_held_out(run):
     edit("heldout.json", sha256="another")(run)
 
 
+def without_wandb(tmp, played):
+    sys.modules["wandb"] = None
+    return "train", tmp / "run", ["--iter", "0", "--track", "wandb"]
+
+
 # ---- the table: name -> (how it is laid out, a part of the line) ---------------------------------
 
 
@@ -333,9 +338,9 @@ FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 MOVING = {**LONGROPE, **FACTORS, "original_max_position_embeddings": 32}
 
 
-def roberta():
+def roberta(positions=80):
     """Its positions begin at pad_token_id + 1, unless they are given."""
-    sizes = {**SMALL, "max_position_embeddings": 80, "is_decoder": True, "pad_token_id": 1}
+    sizes = {**SMALL, "max_position_embeddings": positions, "is_decoder": True, "pad_token_id": 1}
     config = AutoConfig.for_model("roberta-prelayernorm", **sizes)
     model = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight)
@@ -391,13 +396,20 @@ CHANGED_MODELS = {
         lambda folder: roberta().save_pretrained(folder),
         "cannot keep sequences apart: one differs from the same sequence alone",
     ),
+    "fewer positions than its config says": (
+        lambda folder: roberta(64).save_pretrained(folder),
+        "cannot score 64 tokens (RuntimeError: index 64 is out of bounds",
+    ),
     **{
         f"weights quantised by {name}": (config(**fields), "are quantised, by its config.json")
         for name, fields in QUANTISED.items()
     },
     "an adapter beside its weights": (write("adapter_config.json", "{}"), "holds an adapter"),
     "an adapter alone": (adapter_alone, "holds an adapter"),
-    "an EOS beyond the model's vocabulary": (eos_beyond, "ends an answer by token 5000, its model"),
+    "an EOS beyond the model's vocabulary": (
+        eos_beyond,
+        "ends an answer with token 5000, but its model",
+    ),
     "half a tokenizer": (cut("tokenizer.json", 100), "cannot load the tokenizer"),
     "a tokenizer without EOS": (tokenizer_config(), "no EOS"),
     "a tokenizer larger than the model": (config(vocab_size=50), "a token that the model lacks: "),
@@ -410,6 +422,10 @@ MODELS = {
     "an attention that the model lacks": (
         other_model("Gemma 2", "--attention", "sdpa"),
         "Gemma2ForCausalLM does not support an attention implementation",
+    ),
+    "a live logger that is not installed": (
+        without_wandb,
+        "--track wandb needs the package wandb: pip install wandb",
     ),
     "adapters where peft takes a layer for experts": (
         other_model("DeepSeek-V3", "--lora-rank", "2"),
@@ -483,6 +499,7 @@ RUNS = {
     "weights of theta_1 cut off": (run(cut(f"iter0/model/{SAFETENSORS}"), "evaluate"), "damaged ("),
     "answers of another model": (untrained(another_theta_1), "iter1 was made from another model"),
     "answers of another": (run(another_theta_1, "generate"), "iter1 was made from another model"),
+    "a model of another": (run(another_theta_1, "train"), "iter1 was made from another model"),
     "chunks of another model": (chunks_of_another_model, "generated.part holds answers of another"),
     "figures of another": (run(another_theta_1, "evaluate", 0), "there already, made with another"),
     "other held-out prompts": (run(other_held_out, "evaluate"), "not those of"),
@@ -517,6 +534,7 @@ LOADS = (
     "weights that are p",
     "a weight",
     "a model that counts",
+    "fewer positions",
     "opponent.jsonl cut",
 )  # nothing less would tell
 
@@ -545,7 +563,11 @@ def test_bad_input_is_a_line_and_changes_nothing(
     script, folder, flags = lay_out(tmp_path, played)
     before = snapshot(tmp_path)
     if not name.startswith(LOADS):
-        loaders = "generate.load_frozen", "spin.report.figures.load_frozen", "train.load_empty"
+        loaders = (
+            "generate.load_frozen",
+            "spin.report.evaluation_metrics.load_frozen",
+            "train.load_empty",
+        )
         for function in (*loaders, "spin.model.weights.load_whole"):
             monkeypatch.setattr(function, lambda *args: pytest.fail("weights were loaded"))
     shown = tmp_path_factory.mktemp("shell") / "stderr"

@@ -31,7 +31,7 @@ import train
 from spin import recipe as flags
 from spin.data.rows import Unusable, check_ids
 from spin.data.selection import select
-from spin.data.text import decode, load_codec, make_codec, split_ids
+from spin.data.text import decode, load_renderer, make_renderer, split_ids
 from spin.files import read_jsonl
 from spin.recipe import Recipe
 
@@ -46,8 +46,8 @@ def today(monkeypatch):
     monkeypatch.setattr(chat_template_utils, "datetime", clock(DAY))
 
 
-def codec_of(name: str, date: str = DAY, **others):
-    return make_codec(
+def renderer_of(name: str, date: str = DAY, **others):
+    return make_renderer(
         tokenizer_of(name), "chat", template_kwargs=FAMILIES[name].kwargs, date=date, **others
     )
 
@@ -77,23 +77,23 @@ def taken(name: str) -> list[tuple[dict, str]]:
 
 @pytest.mark.parametrize("name", USABLE)
 def test_prompt_and_answer_have_the_ids_of_apply_chat_template_up_to_the_end_of_turn(name):
-    codec = codec_of(name)
+    renderer = renderer_of(name)
     tokenizer = tokenizer_of(name)
-    assert tokenizer.convert_ids_to_tokens(codec.eot_id) == FAMILIES[name].end
-    assert codec.before_answer == FAMILIES[name].lead
+    assert tokenizer.convert_ids_to_tokens(renderer.eot_id) == FAMILIES[name].end
+    assert renderer.before_answer == FAMILIES[name].lead
     for pair, answer in taken(name):
         prompt, rest, text = expected(name, pair, answer)
-        ids, answer_ids, merged = split_ids(codec, pair, answer)
-        assert ids == prompt == split_ids(codec, pair)[0]
+        ids, answer_ids, merged = split_ids(renderer, pair, answer)
+        assert ids == prompt == split_ids(renderer, pair)[0]
         assert merged == (rest is None)
         if rest is not None:
             assert answer_ids == rest
-        assert answer_ids[-1] == codec.eot_id and codec.eot_id not in answer_ids[:-1]
+        assert answer_ids[-1] == renderer.eot_id and renderer.eot_id not in answer_ids[:-1]
         # decoding gives back no space that a special token swallowed, or that was put behind one
         if not (FAMILIES[name].rstrip or FAMILIES[name].legacy or FAMILIES[name].lacks):
             assert tokenizer.decode(ids + answer_ids).lstrip(" ") == text.lstrip(" ")
         known = "".join(sign for sign in answer if sign not in FAMILIES[name].lacks)
-        assert decode(codec, answer_ids).strip() == known.strip()
+        assert decode(renderer, answer_ids).strip() == known.strip()
         if answer == "Apple.":
             assert merged == FAMILIES[name].merges
 
@@ -116,7 +116,7 @@ def test_the_ids_are_not_those_of_the_answer_alone_with_an_eos_behind_it():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_cannot_be_split_is_refused_in_one_line(name, refused):
-    line = refused(lambda: codec_of(name))
+    line = refused(lambda: renderer_of(name))
     assert FAMILIES[name].refusal in line
     assert line.endswith("use --template paper, or a string with {prompt}")
 
@@ -133,15 +133,15 @@ UNUSABLE = [
 
 @pytest.mark.parametrize("name, more, answer, reason", UNUSABLE)
 def test_a_row_that_the_template_refuses_or_alters_is_left_out(name, more, answer, reason):
-    codec = codec_of(name)
+    renderer = renderer_of(name)
     with pytest.raises(Unusable) as problem:
-        split_ids(codec, {"prompt": "Name a fruit.", **more}, answer)
+        split_ids(renderer, {"prompt": "Name a fruit.", **more}, answer)
     assert reason in str(problem.value)
     good, right = taken(name)[0]
     bad = {"prompt": "Which herb?", **more}
     rows = [{"messages": messages_of(*row)} for row in ((good, right), (bad, answer))]
     recipe, _ = flags.parse(["--template", "chat", "--max-new-tokens", "9"])
-    pairs, counts = select(rows, "two rows", codec, recipe, 2)
+    pairs, counts = select(rows, "two rows", renderer, recipe, 2)
     assert [pair["prompt"] for pair in pairs] == ["Name a fruit."]
     (counted,) = [number for what, number in counts.items() if reason in what]
     assert counted == 1
@@ -159,7 +159,7 @@ def test_a_row_with_a_switch_that_the_template_takes_out_is_left_out_and_counted
     systems = ["/no_think", "Be kind.\n\n/no_think", "Be kind."]
     rows = [{"system": system, "prompt": "Which?", "response": "Apple."} for system in systems]
     recipe, _ = flags.parse(["--template", "chat", "--max-new-tokens", "9"])
-    pairs, counts = select(rows, "rows", make_codec(tokenizer, "chat", date=DAY), recipe, 3)
+    pairs, counts = select(rows, "rows", make_renderer(tokenizer, "chat", date=DAY), recipe, 3)
     assert [pair["system"] for pair in pairs] == ["Be kind."]
     assert counts["the chat template drops or changes the system"] == 2
 
@@ -172,23 +172,23 @@ def test_where_tokens_merge_the_prompt_is_what_is_sampled_from_and_the_row_is_co
     rows = [{"messages": messages_of(pair_of(None), "Apple.")}]
     rows += [{"messages": messages_of({"prompt": "Which herb?"}, "\nMint")}]
     recipe, _ = flags.parse(["--template", "chat", "--max-new-tokens", "9"])
-    pairs, counts = select(rows, "two rows", codec_of(name), recipe, 2)
+    pairs, counts = select(rows, "two rows", renderer_of(name), recipe, 2)
     merged = 0
     for pair in pairs:
         prompt, rest, _ = expected(name, pair, pair["real"])
         assert pair["prompt_ids"] == prompt
         merged += rest is None
     assert counts[MERGED] == merged > 0
-    trimmed = select(rows, "two rows", codec_of("llama3"), recipe, 2)[1]
+    trimmed = select(rows, "two rows", renderer_of("llama3"), recipe, 2)[1]
     assert trimmed[MERGED] == 0  # control
 
 
 def test_the_tokens_behind_a_merged_boundary_are_those_that_follow_the_prompts():
-    codec = codec_of("vicuna")
-    ids, answer, merged = split_ids(codec, pair_of(None), "Apple.")
-    pieces = codec.tokenizer.convert_ids_to_tokens(ids + answer)
+    renderer = renderer_of("vicuna")
+    ids, answer, merged = split_ids(renderer, pair_of(None), "Apple.")
+    pieces = renderer.tokenizer.convert_ids_to_tokens(ids + answer)
     assert merged and "".join(pieces) == "<s>USER:▁Name▁a▁fruit.▁ASSISTANT:▁Apple.</s>"
-    assert codec.tokenizer.decode(ids).endswith("ASSISTANT: ")
+    assert renderer.tokenizer.decode(ids).endswith("ASSISTANT: ")
     assert pieces[len(ids)].startswith("A")  # no second space
     whole = rendered("vicuna", messages_of(pair_of(None), "Apple."))
     assert whole[: len(ids)] != ids  # control: the template's own tokens lie across
@@ -201,26 +201,26 @@ def test_the_tokens_behind_a_merged_boundary_are_those_that_follow_the_prompts()
 @pytest.mark.parametrize("name", USABLE)
 def test_a_plain_template_begins_as_the_tokenizer_does_and_nothing_stands_behind(name, template):
     tokenizer = tokenizer_of(name)
-    codec = make_codec(tokenizer, template)
+    renderer = make_renderer(tokenizer, template)
     text = "### Instruction: {prompt}\n\n### Response:" if template == "paper" else template
     text = text.replace("{prompt}", "Name a fruit.")
-    ids, answer, _ = split_ids(codec, pair_of(None), "Apple.")
+    ids, answer, _ = split_ids(renderer, pair_of(None), "Apple.")
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     begin = [tokenizer.bos_token_id] * ("BOS" in FAMILIES[name].puts)
     assert ids == begin + bare
     whole = tokenizer(text)["input_ids"]
     assert ids == whole[: len(ids)]
     assert len(whole) == len(ids) + ("EOS" in FAMILIES[name].puts)  # control: that is not there
-    assert answer[-1] == codec.eot_id == tokenizer.eos_token_id
-    assert answer.count(codec.eot_id) == 1
+    assert answer[-1] == renderer.eot_id == tokenizer.eos_token_id
+    assert answer.count(renderer.eot_id) == 1
 
 
 def test_a_bos_that_a_plain_template_writes_is_not_doubled():
     for name in ("llama2", "gemma", "llama3"):
         bos = FAMILIES[name].bos
         tokenizer = tokenizer_of(name)
-        codec = make_codec(tokenizer, bos + "Q: {prompt} A:")
-        ids = split_ids(codec, pair_of(None))[0]
+        renderer = make_renderer(tokenizer, bos + "Q: {prompt} A:")
+        ids = split_ids(renderer, pair_of(None))[0]
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
         twice = tokenizer(bos + "Q: Name a fruit. A:")["input_ids"]
         assert twice.count(tokenizer.bos_token_id) == 2  # control
@@ -239,8 +239,8 @@ def digits(**puts) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("single, number", [("$A", 0), ("<s> $A", 1), ("<s> $A </s>", 1)])
 def test_a_tokenizer_without_letters_begins_a_text_as_it_does_any_other(single, number):
     tokenizer = digits(single=single)
-    codec = make_codec(tokenizer, "{prompt}=")
-    ids, answer, _ = split_ids(codec, {"prompt": "1+2"}, "3")
+    renderer = make_renderer(tokenizer, "{prompt}=")
+    ids, answer, _ = split_ids(renderer, {"prompt": "1+2"}, "3")
     assert tokenizer("1+2=")["input_ids"][: len(ids)] == ids
     assert ids.count(tokenizer.bos_token_id) == number
     assert tokenizer.convert_ids_to_tokens(answer) == ["3", "</s>"]
@@ -253,8 +253,8 @@ def test_a_tokenizer_that_cannot_read_every_text_is_loaded_all_the_same(tmp_path
         tokenizer("a")
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(THETA0 / "config.json", tmp_path)
-    codec = load_codec(str(tmp_path), Recipe(template="{prompt}", max_length=8))
-    assert codec.eot_id == 0
+    renderer = load_renderer(str(tmp_path), Recipe(template="{prompt}", max_length=8))
+    assert renderer.eot_id == 0
 
 
 # ---- dates ---------------------------------------------------------------------------------------
@@ -264,15 +264,15 @@ DATED = ["llama3.2", "gpt-oss", "granite", "smollm3"]
 
 @pytest.mark.parametrize("name", DATED)
 def test_a_template_that_writes_the_date_writes_the_runs_whatever_day_it_is(name, monkeypatch):
-    codec = codec_of(name)
-    before = split_ids(codec, pair_of(None), "Apple.")
+    renderer = renderer_of(name)
+    before = split_ids(renderer, pair_of(None), "Apple.")
     oracle = expected(name, pair_of(None), "Apple.")
     assert before[:2] == oracle[:2]
     monkeypatch.setattr(chat_template_utils, "datetime", clock("2026-02-01"))
-    assert split_ids(codec, pair_of(None), "Apple.") == before
-    assert split_ids(codec_of(name), pair_of(None), "Apple.") == before
+    assert split_ids(renderer, pair_of(None), "Apple.") == before
+    assert split_ids(renderer_of(name), pair_of(None), "Apple.") == before
     assert expected(name, pair_of(None), "Apple.")[0] != oracle[0]  # control: transformers' own
-    later = codec_of(name, date="2026-02-01")
+    later = renderer_of(name, date="2026-02-01")
     assert split_ids(later, pair_of(None), "Apple.")[0] == expected(name, pair_of(None), "A")[0]
 
 
@@ -283,14 +283,14 @@ def test_any_directive_of_a_date_is_written_as_strftime_writes_it(call):
     own = tokenizer.apply_chat_template(
         messages_of(pair_of(None)), add_generation_prompt=True, return_dict=False
     )
-    assert split_ids(make_codec(tokenizer, "chat", date=DAY), pair_of(None))[0] == own
+    assert split_ids(make_renderer(tokenizer, "chat", date=DAY), pair_of(None))[0] == own
 
 
 @pytest.mark.parametrize("call", ["strftime_now(how)", "strftime_now('%d' + how)", "strftime_now"])
 def test_a_template_whose_date_cannot_be_set_is_refused(call, refused):
     tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
     tokenizer.chat_template = "{% set day = " + call + " %}" + tokenizer.chat_template
-    assert "writes the date" in refused(lambda: make_codec(tokenizer, "chat", date=DAY))
+    assert "writes the date" in refused(lambda: make_renderer(tokenizer, "chat", date=DAY))
 
 
 def small_config(vocabulary: int, **others) -> LlamaConfig:
@@ -384,8 +384,8 @@ def test_sampling_stops_at_every_listed_end_and_finish_and_ids_go_by_it(more, tm
     listed = list_ends(tmp_path, tokenizer_of("gemma"), ["<end_of_turn>", *more])
     ends = {*listed[:1], *(listed[1:] if more == ["<eos>"] else [])}
     stage("generate", tmp_path / "run", *options, "--iter", 0)
-    codec = codec_of("gemma", listed=listed)
-    eos = codec.tokenizer.eos_token_id
+    renderer = renderer_of("gemma", listed=listed)
+    eos = renderer.tokenizer.eos_token_id
     rows = list(read_jsonl(tmp_path / "run" / "iter0" / "generated.jsonl"))
     assert len(rows) == 40
     for row in rows:
@@ -393,13 +393,13 @@ def test_sampling_stops_at_every_listed_end_and_finish_and_ids_go_by_it(more, tm
         ended = ids[-1] in ends
         assert sum(i in ends for i in ids) == ended == (row["finish"] == "eos")
         assert len(ids) == 24 or ended
-        check_ids(row, "a row", codec)
+        check_ids(row, "a row", renderer)
     assert {row["finish"] for row in rows} == {"eos", "length"}
     # control: the tokenizer's EOS ends nothing if it is not listed
     assert any(eos in row["generated_ids"][:-1] for row in rows) == (eos not in ends)
     # human answers have one end, whatever the model lists
-    answer = split_ids(codec, pair_of(None), "Apple.")[1]
-    assert answer[-1] == codec.eot_id == listed[0]
+    answer = split_ids(renderer, pair_of(None), "Apple.")[1]
+    assert answer[-1] == renderer.eot_id == listed[0]
     stage("train", tmp_path / "run", *options, "--iter", 0)
     stage("evaluate", tmp_path / "run", *options, "--theta0")
     figures = json.loads((tmp_path / "run" / "eval.json").read_text())
@@ -423,15 +423,15 @@ def test_where_the_next_roles_token_ends_a_turn_so_does_an_answer(spaced, tmp_pa
     line = refused(lambda: stage("generate", tmp_path / "run", *options, "--iter", 0))
     assert "nor one that the model lists as EOS" in line  # control
     listed = list_ends(tmp_path, tokenizer, ["<|end_turn|>", "<|USER|>", "<|SYSTEM|>"])
-    codec = make_codec(tokenizer, "chat", listed=listed)
-    assert codec.end_ids == (listed[1], listed[0], listed[2])
+    renderer = make_renderer(tokenizer, "chat", listed=listed)
+    assert renderer.end_ids == (listed[1], listed[0], listed[2])
     for answer in ("Apple.", "Mint, thyme\n\nand sage do "):
         talk = [*messages_of(pair_of(None), answer), *messages_of(pair_of(None))]
         whole = tokenizer.apply_chat_template(talk, return_dict=False)
         first, second = (k for k, i in enumerate(whole) if i == listed[1])
-        ids, rest, _ = split_ids(codec, pair_of(None), answer)
+        ids, rest, _ = split_ids(renderer, pair_of(None), answer)
         assert ids + rest == whole[: second + 1] and first < len(ids)
-        assert decode(codec, rest).strip() == answer.strip()
+        assert decode(renderer, rest).strip() == answer.strip()
     for name in ("generate", "train", "evaluate"):
         stage(name, tmp_path / "run", *options, "--iter", 0)
     rows = list(read_jsonl(tmp_path / "run" / "iter0" / "generated.jsonl"))
@@ -442,12 +442,12 @@ def test_of_the_tokens_that_follow_every_answer_a_listed_one_ends_it():
     tokenizer = copy.deepcopy(tokenizer_of("command-r"))
     own = tokenizer.chat_template
     closed = tokenizer.convert_tokens_to_ids("<|SYSTEM|>")  # as </answer> would be
-    end = make_codec(tokenizer, "chat").eot_id
+    end = make_renderer(tokenizer, "chat").eot_id
     last = tokenizer.decode([end])
     tokenizer.chat_template = own.replace(last, "<|SYSTEM|>" + last)
     tokenizer.eos_token = "<|USER|>"
-    assert make_codec(tokenizer, "chat").eot_id == closed  # control: nothing is listed
-    assert make_codec(tokenizer, "chat", listed=[end]).eot_id == end
+    assert make_renderer(tokenizer, "chat").eot_id == closed  # control: nothing is listed
+    assert make_renderer(tokenizer, "chat", listed=[end]).eot_id == end
 
 
 def larger(name: str, *words: str) -> PreTrainedTokenizerFast:
@@ -464,15 +464,15 @@ def test_tokens_that_the_model_lacks_leave_out_the_rows_with_them_alone(tmp_path
     larger("gemma", "<image>", "Papaya").save_pretrained(tmp_path / "model")
     more = ["--max-length", "64", "--max-new-tokens", "24", "--template", template]
     recipe, _ = flags.parse([*options, *more])
-    codec = load_codec(str(tmp_path / "model"), recipe)
-    assert codec.vocabulary == size < len(codec.tokenizer)
+    renderer = load_renderer(str(tmp_path / "model"), recipe)
+    assert renderer.vocabulary == size < len(renderer.tokenizer)
     rows = [("Name a fruit.", "Apple."), ("And one?", "Papaya."), ("Is Papaya one?", "Apple.")]
     rows = [{"prompt": prompt, "response": response} for prompt, response in rows]
-    pairs, counts = select(rows, "three rows", codec, recipe, 3)
+    pairs, counts = select(rows, "three rows", renderer, recipe, 3)
     assert [pair["prompt"] for pair in pairs] == ["Name a fruit."]
     assert counts["a token that the model lacks"] == 2
     # control: a model that has them
-    known = make_codec(codec.tokenizer, template, date=DAY)
+    known = make_renderer(renderer.tokenizer, template, date=DAY)
     assert len(select(rows, "three rows", known, recipe, 3)[0]) == 3
 
 
@@ -487,7 +487,7 @@ def test_a_tokenizer_with_more_tokens_than_its_model_samples_trains_and_evaluate
 def test_an_end_of_turn_that_the_model_lacks_is_refused(tmp_path, refused):
     options = save(tmp_path, "gemma", {"<eos>": 1.0}, vocabulary=5)
     line = refused(lambda: stage("generate", tmp_path / "run", *options, "--iter", 0))
-    assert "not a pair" in line
+    assert "do not belong together" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -501,7 +501,7 @@ WRONG_ARGUMENTS = [
 @pytest.mark.parametrize("name, argument, word", WRONG_ARGUMENTS)
 def test_an_argument_that_the_template_cannot_take_is_refused(name, argument, word, refused):
     given = {"template_kwargs": [argument], "date": DAY}
-    assert word in refused(lambda: make_codec(tokenizer_of(name), "chat", **given))
+    assert word in refused(lambda: make_renderer(tokenizer_of(name), "chat", **given))
 
 
 THINKS = (
@@ -514,13 +514,13 @@ THINKS = (
 def test_where_a_template_can_switch_off_thinking_the_refusal_names_the_flag(refused):
     tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
     tokenizer.chat_template = THINKS
-    line = refused(lambda: make_codec(tokenizer, "chat", date=DAY))
+    line = refused(lambda: make_renderer(tokenizer, "chat", date=DAY))
     argument = re.search(r": add --template-kwargs (\w+=false), or use --template", line)[1]
-    codec = make_codec(tokenizer, "chat", date=DAY, template_kwargs=[argument])
-    assert codec.after_answer == "<|im_end|>\n"
+    renderer = make_renderer(tokenizer, "chat", date=DAY, template_kwargs=[argument])
+    assert renderer.after_answer == "<|im_end|>\n"
     # the control: nothing is named that the template does not know
     tokenizer.chat_template = re.sub("enable_thinking.*_thinking", "1", THINKS)
-    line = refused(lambda: make_codec(tokenizer, "chat", date=DAY))
+    line = refused(lambda: make_renderer(tokenizer, "chat", date=DAY))
     assert "--template-kwargs" not in line and "use --template paper" in line
 
 
@@ -532,9 +532,9 @@ def test_a_tokenizer_that_lacks_a_method_is_one_line(method, monkeypatch, refuse
         raise NotImplementedError
 
     recipe = Recipe(model=str(THETA0), max_length=64, max_new_tokens=24)
-    load_codec(str(THETA0), recipe)  # the control
+    load_renderer(str(THETA0), recipe)  # the control
     monkeypatch.setattr(PreTrainedTokenizerFast, method, lacks)
-    line = refused(lambda: load_codec(str(THETA0), recipe))
+    line = refused(lambda: load_renderer(str(THETA0), recipe))
     assert f"cannot load the tokenizer and config of {THETA0}: NotImplementedError" in line
 
 
@@ -543,9 +543,9 @@ def test_the_value_of_an_argument_means_what_it_says(value):
     """As text, False would be true to a template."""
     name = "qwen3, enable_thinking=false"
     given = {"template_kwargs": [f"enable_thinking={value}"], "date": DAY}
-    ids = split_ids(make_codec(tokenizer_of(name), "chat", **given), pair_of(None))[0]
+    ids = split_ids(make_renderer(tokenizer_of(name), "chat", **given), pair_of(None))[0]
     assert ids == rendered(name, messages_of(pair_of(None)), ask=True)
-    without = make_codec(tokenizer_of(name), "chat", date=DAY)
+    without = make_renderer(tokenizer_of(name), "chat", date=DAY)
     assert split_ids(without, pair_of(None))[0] != ids  # control
 
 
@@ -555,8 +555,8 @@ def test_a_row_in_which_the_tokenizer_does_not_see_the_end_of_turn_is_left_out()
     core = tokenizer.backend_tokenizer
     core.add_special_tokens([AddedToken("STOP", single_word=True)])
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "STOP")
-    codec = make_codec(tokenizer, "chat", date=DAY)
-    answer = split_ids(codec, pair_of(None), "Apple.")[1]
-    assert answer[-1] == codec.eot_id  # control: behind a point
+    renderer = make_renderer(tokenizer, "chat", date=DAY)
+    answer = split_ids(renderer, pair_of(None), "Apple.")[1]
+    assert answer[-1] == renderer.eot_id  # control: behind a point
     with pytest.raises(Unusable):
-        split_ids(codec, pair_of(None), "Apple")
+        split_ids(renderer, pair_of(None), "Apple")

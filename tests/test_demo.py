@@ -5,7 +5,7 @@ import random
 import make_demo
 from conftest import REPO, THETA0
 
-from spin.data.text import decode, encode, make_codec
+from spin.data.text import decode, encode, make_renderer
 from spin.files import read_jsonl
 
 
@@ -61,7 +61,7 @@ def test_theta_0_is_small_and_its_tokenizer_is_the_scripts_and_loses_no_text(tok
     made = make_demo.make_tokenizer().backend_tokenizer
     assert made.to_str() == tokenizer.backend_tokenizer.to_str()
     for row in read_jsonl(REPO / "demo" / "train.jsonl"):
-        ids, mask = encode(make_codec(tokenizer, "paper"), row, row["response"], eos=False)
+        ids, mask = encode(make_renderer(tokenizer, "paper"), row, row["response"], eos=False)
         assert tokenizer.unk_token_id not in ids
         answer = [i for i, m in zip(ids, mask, strict=True) if m]
-        assert decode(make_codec(tokenizer, "paper"), answer) == row["response"]
+        assert decode(make_renderer(tokenizer, "paper"), answer) == row["response"]

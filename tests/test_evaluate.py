@@ -14,11 +14,11 @@ import evaluate
 from loss import sequence_logps
 from spin.data.rows import read_rows
 from spin.data.selection import select
-from spin.data.text import encode, load_codec
+from spin.data.text import encode, load_renderer
 from spin.files import read_jsonl, write_jsonl
 from spin.model.packing import pack
 from spin.recipe import parse
-from spin.report import figures
+from spin.report import evaluation_metrics
 from spin.report.summary import summarise
 from spin.run.ranks import process_group
 from spin.sampling.engines import sample, uniforms
@@ -26,17 +26,17 @@ from spin.sampling.engines import sample, uniforms
 
 def held_out():
     recipe, _ = parse(MICRO)
-    codec = load_codec(str(THETA0), recipe)
-    return codec, select(read_rows(recipe.eval_data), "held-out", codec, recipe, 12)[0]
+    renderer = load_renderer(str(THETA0), recipe)
+    return renderer, select(read_rows(recipe.eval_data), "held-out", renderer, recipe, 12)[0]
 
 
 def test_expected_exact_match_and_nll_are_what_the_chain_rule_gives(played):
     found = json.loads((played / "eval.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(THETA0, dtype=torch.float64).eval()
-    codec, pairs = held_out()
+    renderer, pairs = held_out()
     chances, cooler, nll, tokens, greedy = [], [], 0.0, 0, []
     for pair in pairs:
-        ids, mask = encode(codec, pair, pair["real"])
+        ids, mask = encode(renderer, pair, pair["real"])
         logits = model(torch.tensor([ids])).logits[0]
         cool = (logits / 0.6).softmax(-1)
         factors = [cool[j - 1, ids[j]].item() for j in range(len(ids)) if mask[j]]
@@ -62,8 +62,8 @@ def test_a_model_against_itself_wins_half_with_margin_zero(played):
     recipe, _ = parse(MICRO)
     theta = str(THETA0)
     with process_group() as world:
-        read = figures.read_held_out(theta, recipe)[:2]
-        table, _ = figures.figures_by_prompt(theta, theta, *read, recipe, 0, world)
+        read = evaluation_metrics.read_held_out(theta, recipe)[:2]
+        table, _ = evaluation_metrics.metrics_by_prompt(theta, theta, *read, recipe, 0, world)
     result = summarise(table, has_opponent=True)
     assert result["win_rate"] == 0.5 and result["margin"] == pytest.approx(0, abs=1e-5)
 
@@ -84,13 +84,13 @@ def test_the_figures_of_any_model_go_where_out_says_and_leave_no_run(played, tmp
 @torch.no_grad()
 def test_the_held_out_margin_is_the_papers_with_the_iterations_own_lambda(played):
     """λ (log p_θ2/p_θ1 (y|x) − log p_θ2/p_θ1 (y'|x)), y' ~ p_θ1, a sequence at a time."""
-    codec, pairs = held_out()
+    renderer, pairs = held_out()
     theta_1, theta_2 = (load(played / f"iter{t}" / "model") for t in (0, 1))
     u = np.stack([uniforms(0, 1, pair["id"], 1, number=24) for pair in pairs])
-    drawn = sample(theta_1, [pair["prompt_ids"] for pair in pairs], codec.eot_id, 24, u)
+    drawn = sample(theta_1, [pair["prompt_ids"] for pair in pairs], renderer.eot_id, 24, u)
     margins = []
     for pair, (y, _) in zip(pairs, drawn, strict=True):
-        two = [encode(codec, pair, response) for response in (pair["real"], y)]
+        two = [encode(renderer, pair, response) for response in (pair["real"], y)]
         new, old = (
             [sequence_logps(m, **pack([s], "cpu")).item() for s in two] for m in (theta_2, theta_1)
         )

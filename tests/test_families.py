@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import MICRO, stage, torchrun
 from families import CACHES, FAMILIES, alone, gradient, quick_and_long, random_sequences, save, tiny
-from test_probe import HERE
+from test_model_checks import HERE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loss import sequence_logps
 from spin.files import read_jsonl
 from spin.model.packing import is_padded, pack, packed
-from spin.model.sampling_probe import probe_sampling
+from spin.model.sampling_check import check_sampling
 from spin.recipe import parse
 from spin.sampling.engines import plain_generate, sample
 from spin.sampling.slots import decode_in_slots
@@ -84,7 +84,7 @@ def test_with_any_attention_a_row_has_log_probs_and_gradients_of_each_alone(name
     model = tiny(name)
     sequences = random_sequences()
     if attention == "sdpa" and not model._supports_sdpa:
-        return  # refused: test_probe.py
+        return  # refused: test_model_checks.py
     if attention != "auto":
         model.config._attn_implementation = attention
     before = model.config._attn_implementation
@@ -141,10 +141,10 @@ def test_every_sampled_token_is_that_of_one_pass_alone_or_the_model_is_refused(n
     slots = ["--slots", "1"] * (name in ALONE)
     recipe = parse([*MICRO, *slots])[0]
     if name in REFUSED + ALONE:
-        line = refused(lambda: probe_sampling(model, parse(MICRO)[0], HERE))
+        line = refused(lambda: check_sampling(model, parse(MICRO)[0], HERE))
         assert "cannot be sampled from as it is scored: off by" in line and "--slots 1 or" in line
     if name not in REFUSED:
-        probe_sampling(model, recipe, HERE)
+        check_sampling(model, recipe, HERE)
         wrong, tokens = wrong_tokens(model, slots=recipe.slots)
         assert wrong == 0 and tokens > 300
     if name == "GPT-Neo, local":  # control

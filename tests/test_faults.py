@@ -21,7 +21,7 @@ import generate
 import train
 from spin.files import read_jsonl
 from spin.model.weights import has_nonfinite
-from spin.report import trouble
+from spin.report import diagnose
 from spin.run.folders import record
 from spin.sampling.slots import pick_token
 
@@ -374,11 +374,11 @@ def steps(win_rate, logratios):
 
 def test_a_policy_that_wins_by_making_everything_less_likely_is_told_of():
     for fall in ([-1, -2, -3, -4, -5], [2, 1, 0, -1, -1.5]):
-        assert "less likely" in trouble.all_less_likely(steps(1.0, fall))
-    assert trouble.all_less_likely(steps(0.99, [-1, -2, -3, -4, -5])) is None
-    assert trouble.all_less_likely(steps(None, [None] * 5)) is None
+        assert "less likely" in diagnose.all_less_likely(steps(1.0, fall))
+    assert diagnose.all_less_likely(steps(0.99, [-1, -2, -3, -4, -5])) is None
+    assert diagnose.all_less_likely(steps(None, [None] * 5)) is None
     for well in ([9, 8, 7, 6, 5], [-1, -1.2, -1.3, -1.4, -1.5], [-1, -2, -3, -4]):
-        assert trouble.all_less_likely(steps(1.0, well)) is None
+        assert diagnose.all_less_likely(steps(1.0, well)) is None
 
 
 def test_a_collapse_and_nothing_else_is_warned_about(played, tmp_path, capsys, monkeypatch):
@@ -412,6 +412,6 @@ def test_answers_that_are_all_cut_off_or_all_empty_are_warned_about(tmp_path, ca
     cut = {"generated": "tin", "finish": "length"}
     empty = {"generated": "", "finish": "eos"}
     well = {"generated": "tin", "finish": "eos"}
-    assert trouble.ended_alike([cut] * 9 + [well]) is None
-    assert "empty" in trouble.ended_alike([empty] * 9)
-    assert trouble.ended_alike([empty] * 9 + [well]) is None
+    assert diagnose.ended_alike([cut] * 9 + [well]) is None
+    assert "empty" in diagnose.ended_alike([empty] * 9)
+    assert diagnose.ended_alike([empty] * 9 + [well]) is None

@@ -183,7 +183,7 @@ def test_half_a_launch_is_one_line_at_once_and_no_wait_for_ranks(variables, monk
     for name, value in variables.items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert "MASTER_PORT do not fit together: start several ranks by torchrun" in refused(call)
+    assert "MASTER_PORT do not fit together: start several ranks with torchrun" in refused(call)
 
 
 def test_what_a_terminal_cannot_show_is_replaced(played, monkeypatch):

@@ -17,7 +17,7 @@ from test_data import spaced_tokenizer, talk
 from spin.data.pairs import batches, bins_of, micro_batches
 from spin.data.rows import to_pair
 from spin.data.selection import select
-from spin.data.text import decode, encode, holds_special, make_codec, parses_specials
+from spin.data.text import decode, encode, holds_special, make_renderer, parses_specials
 from spin.model.packing import pack
 from spin.recipe import Recipe
 from spin.run.ranks import World
@@ -74,17 +74,17 @@ def tok(request, tokenizer):
     cut=st.integers(1, 60),
 )
 def test_ids_and_masks_of_any_text(tok, shape, template, prompt, response, other, cut):
-    codec = make_codec(tok, template)
+    renderer = make_renderer(tok, template)
     pair = to_pair(SHAPES[shape](prompt, response), "set")[0]
     assert (pair["prompt"], pair["real"]) == (prompt, response)
-    spelt = any(holds_special(codec, part) for part in (prompt, response, other))
-    if spelt and parses_specials(codec):
+    spelt = any(holds_special(renderer, part) for part in (prompt, response, other))
+    if spelt and parses_specials(renderer):
         return  # select leaves these out, and counts them
-    start, start_mask = encode(codec, pair)
-    ids, mask = encode(codec, pair, response)
+    start, start_mask = encode(renderer, pair)
+    ids, mask = encode(renderer, pair, response)
     # one BOS; more only where the template is written with them
     written = 0 if template == "paper" else template.count(tok.bos_token or "\0\0")
-    if not codec.bos_ids:
+    if not renderer.bos_ids:
         assert ids.count(tok.bos_token_id) == written
     else:
         there = written > 0 and template.replace("{prompt}", prompt).startswith(tok.bos_token)
@@ -92,19 +92,19 @@ def test_ids_and_masks_of_any_text(tok, shape, template, prompt, response, other
     # one EOS, at the end
     eos = ids[len(start) :].count(tok.eos_token_id)
     assert eos == 1 and ids[-1] == tok.eos_token_id
-    assert written or holds_special(codec, template) or ids.count(tok.eos_token_id) == 1
+    assert written or holds_special(renderer, template) or ids.count(tok.eos_token_id) == 1
     # the mask covers the response, and the prompt's ids do not depend on it
     assert mask == [0] * len(start) + [1] * (len(ids) - len(start)) and not any(start_mask)
-    assert ids[: len(start)] == start == encode(codec, pair, other)[0][: len(start)]
+    assert ids[: len(start)] == start == encode(renderer, pair, other)[0][: len(start)]
     # what is cut has no EOS
-    short, short_mask = encode(codec, pair, response, cut)
+    short, short_mask = encode(renderer, pair, response, cut)
     assert short == ids[:cut] and short_mask == mask[:cut]
     ends_by_eos = short[-1:] == [tok.eos_token_id]
-    assert len(ids) <= cut or not ends_by_eos or holds_special(codec, template)
+    assert len(ids) <= cut or not ends_by_eos or holds_special(renderer, template)
     # ids are taken as they are
     sampled = ids[len(start) :]
-    assert encode(codec, pair, sampled) == (ids, mask)
-    assert isinstance(decode(codec, sampled), str)
+    assert encode(renderer, pair, sampled) == (ids, mask)
+    assert isinstance(decode(renderer, sampled), str)
 
 
 @many
@@ -118,7 +118,7 @@ def test_selected_pairs_fit_and_occur_once(tokenizer, rows, number, seed, length
     rows = [{"prompt": q, "response": a} for q, a in [*rows, ("Spell a", "a")]]
     recipe = Recipe(template="{prompt}", seed=seed, max_length=length, max_new_tokens=8)
     try:
-        pairs, counts = select(rows, "set", make_codec(tokenizer, "paper"), recipe, number)
+        pairs, counts = select(rows, "set", make_renderer(tokenizer, "paper"), recipe, number)
     except SystemExit:
         return  # none that fits
     assert 1 <= len(pairs) <= number

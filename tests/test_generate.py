@@ -14,7 +14,7 @@ from transformers import GenerationConfig, TopKLogitsWarper
 
 import generate
 from loss import sequence_logps
-from spin.data.text import decode, encode, make_codec
+from spin.data.text import decode, encode, make_renderer
 from spin.files import read_jsonl
 from spin.model.packing import pack
 from spin.model.weights import compute_dtype
@@ -83,7 +83,7 @@ def test_ids_end_with_eos_exactly_when_the_answer_ended_by_itself(played, model,
         ids = row["generated_ids"]
         ended = ids[-1] == eos
         assert ids.count(eos) == ended == (row["finish"] == "eos")
-        assert row["generated"] == decode(make_codec(tokenizer, "paper"), ids)
+        assert row["generated"] == decode(make_renderer(tokenizer, "paper"), ids)
     ((ids, finish),) = sample(model, [tokenizer("Spell tinab")["input_ids"]], eos, 2)
     assert finish == "length" and len(ids) == 2 and eos not in ids  # cut off at the limit
 
@@ -318,7 +318,7 @@ def test_the_stage_samples_with_its_temperature_and_nucleus(played, tmp_path, mo
     for name, flags in (("greedy", ["--temperature", 0]), ("nucleus", ["--top-p", 1e-6])):
         stage("generate", tmp_path / name, "--iter", 0, *flags)
         rows = rows_of(tmp_path / name)
-        prompts = [encode(make_codec(tokenizer, "paper"), row)[0] for row in rows]
+        prompts = [encode(make_renderer(tokenizer, "paper"), row)[0] for row in rows]
         greedy = [ids for ids, _ in sample(model, prompts, tokenizer.eos_token_id, 24)]
         assert [row["generated_ids"] for row in rows] == greedy
         assert {row["id"]: row["generated_ids"] for row in rows} != plain  # control

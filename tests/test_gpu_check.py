@@ -12,7 +12,7 @@ import numerics
 import pytest
 import torch
 from conftest import MICRO, shell
-from test_probe import attention_that, branches_moved_by, no_bounds
+from test_model_checks import attention_that, branches_moved_by, no_bounds
 
 from loss import sequence_logps
 from spin.files import write_jsonl
@@ -32,7 +32,7 @@ def test_steps_1_to_3_pass_without_a_gpu_and_the_others_are_not_run(capsys):
     code, outcomes, said = check("0,1,2,3,5,6,7,8,9", capsys)
     assert code == 0 and outcomes == ["not run"] + 3 * ["ok"] + 5 * ["not run"]
     table = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in table[1:4]] == ["| 0 machine", "| 1 kernels", "| 2 probes"]
+    assert [row[0] for row in table[1:4]] == ["| 0 machine", "| 1 kernels", "| 2 model_checks"]
     assert "`python benchmarks/gpu_check.py --device cpu --steps 0,1,2" in said
     assert f"torch {torch.__version__}" in said
 
@@ -85,18 +85,21 @@ def test_the_kernel_that_a_gpu_would_take_is_tried_too(monkeypatch):
         numerics.kernels(HERE)
 
 
-def test_a_lost_mask_fails_the_probes_and_the_precision():
+def test_a_lost_mask_fails_the_checks_and_the_precision():
     for change in (no_bounds, branches_moved_by(-1)):
         with attention_that(change), pytest.raises(AssertionError, match="cannot keep sequences"):
-            numerics.probes(HERE)
-    with attention_that(branches_moved_by(-1)), pytest.raises(AssertionError, match="nats a token"):
+            numerics.model_checks(HERE)
+    with (
+        attention_that(branches_moved_by(-1)),
+        pytest.raises(AssertionError, match="nats per token"),
+    ):
         numerics.precision(HERE)
 
 
 def test_a_probe_that_refuses_nothing_fails(monkeypatch):
-    monkeypatch.setattr(numerics, "probe", lambda *_: None)
+    monkeypatch.setattr(numerics, "check_scoring", lambda *_: None)
     with pytest.raises(AssertionError, match="without its causal flag passes"):
-        numerics.probes(HERE)
+        numerics.model_checks(HERE)
 
 
 def test_a_gradient_of_another_direction_fails(monkeypatch):

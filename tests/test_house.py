@@ -9,8 +9,12 @@ import functools
 import graphlib
 import io
 import re
+import shutil
+import subprocess
 import sys
 import tokenize
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ from conftest import REPO
 STAGES = {"generate", "train", "evaluate"}
 # spin/ from the ground up: each part uses only what stands before it
 ORDER = ["files", "recipe", "sampling", "run", "model", "data", "checks", "bench", "report"]
-ORDER += ["compare", "mt_bench"]  # commands
+ORDER += ["compare", "mt_bench", "publish"]  # commands
 # optional packages: only one module imports each, and only when it is asked for
 ONLY_IN = {
     "datasets": "spin.data.rows",
@@ -27,6 +31,7 @@ ONLY_IN = {
     "lm_eval": "spin.bench.harness",
     "matplotlib": "spin.report.pictures",
     "peft": "spin.model.lora",
+    "vllm": "spin.sampling.vllm_engine",
 }
 
 TOP_LEVEL = ["evaluate.py", "generate.py", "loss.py", "train.py"]
@@ -142,7 +147,11 @@ WRONG_IMPORTS = [
     ("spin.files", "from .checks import finite", "a circle: "),
     ("spin.files", "def late():\n    import spin.checks", "a circle: "),
     ("spin.run.folders", "from spin.data import rows", "spin.run.folders imports upward"),
-    ("spin.model.packing", "def late():\n    import spin.report.metrics", "imports upward"),
+    (
+        "spin.model.packing",
+        "def late():\n    import spin.report.metrics",
+        "imports upward",
+    ),
     ("loss", "import math", "loss imports math"),
     ("spin.checks", "import evaluate", "spin.checks imports the stage evaluate"),
     ("evaluate", "import generate as stage", "evaluate imports the stage generate"),
@@ -262,3 +271,59 @@ def test_requirements_name_every_package_that_is_imported_the_users_six_first():
     fewer = required(text.replace("jinja2==", "# jinja2=="))
     assert packages_of(rooms()) - set(fewer) == {"jinja2"}
     assert required("# numpy\n#   pip install 'lm_eval[hf]==1'\nA_b==2\n") == ["lm-eval", "a-b"]
+
+
+def versions(text: str) -> set[str]:
+    """The packages of a requirements file with their versions; comments, optional ones too, not."""
+    return {line for line in text.splitlines() if line and not line.startswith("#")}
+
+
+def test_pyproject_is_the_one_place_of_versions_and_the_requirements_repeat_it():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    optional = {*extras["lora"], *extras["eval"], *extras["track"]}
+    (others,) = {line for line in extras["dev"] if line.startswith("spin-reference")}
+    assert others == "spin-reference[lora,eval,track]"
+    text, dev = (REPO / "requirements.txt").read_text(), REPO / "requirements-dev.txt"
+    assert versions(text) == {*project["dependencies"]}
+    assert versions(dev.read_text()) == {*extras["dev"]} - {others} | optional
+    # what requirements.txt and the messages say to install has the same versions
+    said = re.findall(r"pip install '?([\w\[\]]+==[\d.]+)", text + "".join(rooms().values()))
+    assert {*said} == optional | {"torch==2.13.0"}
+    assert versions(text.replace("numpy==2", "numpy==3")) != {*project["dependencies"]}  # control
+
+
+SHADOWED = (
+    "import loss, spin.files, lm_eval.tasks.french_bench.utils as t; print(t.evaluate.__file__)"
+)
+
+
+@pytest.mark.long
+def test_an_installation_offers_spin_and_loss_and_hides_no_other_evaluate(tmp_path):
+    """A task of lm_eval imports Hugging Face's package evaluate."""
+    ignored = shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__", "theta0")
+    copy = shutil.copytree(REPO, tmp_path / "copy", ignore=ignored)
+
+    def installed(folder) -> list[str]:
+        """What an editable installation of the copy makes importable: its finder's MAPPING."""
+        folder.mkdir()
+        build = "from setuptools.build_meta import build_editable as b; b"
+        build += f"({str(folder)!r})"
+        subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
+        (wheel,) = folder.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(folder)
+        (finder,) = folder.glob("__editable__*.py")
+        mapping = re.search(r"^MAPPING.*?= (\{.*\})$", finder.read_text(), re.MULTILINE)[1]
+        return sorted(ast.literal_eval(mapping))
+
+    def evaluate_of(folder) -> str:
+        code = f"import site; site.addsitedir(r'{folder}'); {SHADOWED}"
+        command = [sys.executable, "-P", "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    assert installed(tmp_path / "ours") == ["loss", "spin"]
+    assert evaluate_of(tmp_path / "ours").strip().endswith("/evaluate/__init__.py")
+    text = (copy / "pyproject.toml").read_text()  # control
+    (copy / "pyproject.toml").write_text(text.replace('["loss"]', '["loss", "evaluate"]'))
+    assert installed(tmp_path / "other") == ["evaluate", "loss", "spin"]

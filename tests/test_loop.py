@@ -186,6 +186,38 @@ def test_a_signal_to_the_loop_or_to_all_of_it_reaches_a_stage_once(sent, send, t
     assert (tmp_path / "told").read_text() == "1"
 
 
+# In the place of Python: the plan of a run, with two GPUs for each vLLM; others note how they run.
+NOTES = """#!{python}
+import sys
+if "spin.checks" in sys.argv:
+    print({run!r}, 1, 0, 2, sep="\\t")
+else:
+    print({name!r}, *sys.argv[1:], file=open({run!r} + "/noted", "a"))
+"""
+
+
+def test_stage_1_has_its_own_python_and_a_rank_for_the_gpus_of_each_vllm(tmp_path):
+    pythons = {}
+    for name in ("PYTHON", "GENERATE_PYTHON"):
+        stub = pythons[name] = tmp_path / name
+        stub.write_text(NOTES.format(python=sys.executable, run=str(tmp_path), name=name))
+        stub.chmod(0o755)
+    for gpus, ranks in ((4, 2), (1, 1)):  # of one GPU generate.py says that it is too few
+        env = {**pythons, **with_gpus(tmp_path, gpus)}
+        assert shell(*loop(tmp_path), env=env).returncode == 0
+        noted = (tmp_path / "noted").read_text().splitlines()
+        (tmp_path / "noted").unlink()
+        expected = [
+            ("PYTHON", gpus, "evaluate.py"),
+            ("GENERATE_PYTHON", ranks, "generate.py"),
+            ("PYTHON", gpus, "train.py"),
+            ("PYTHON", gpus, "evaluate.py"),
+        ]
+        for line, (name, number, script) in zip(noted, expected, strict=False):
+            assert line.startswith(f"{name} -m torch.distributed.run --standalone ")
+            assert f"--nproc_per_node {number} -- {REPO}/{script} " in line
+
+
 @pytest.mark.long
 def test_more_iterations_follow_a_finished_run_and_the_rest_of_a_kill_goes(played, tmp_path):
     run = shutil.copytree(played, tmp_path / "run")

@@ -11,8 +11,8 @@ from conftest import MICRO, REPO, shell
 
 import loss as loss_module
 import train
-from loss import ELL, lacks, sequence_logps, sft_loss, spin_loss, token_logps
-from spin.data.text import encode, make_codec
+from loss import ELL, sequence_logps, sft_loss, spin_loss, token_logps, unmet_assumptions
+from spin.data.text import encode, make_renderer
 from spin.files import read_jsonl
 from spin.model.packing import pack
 
@@ -47,7 +47,7 @@ def test_every_ell_of_the_paper_is_convex_and_decreasing_with_negative_slope_at_
     values = ELL[ell](t)
     assert (values.diff() <= 0).all() and (values.diff().diff() >= -1e-12).all()
     assert ELL[ell](t[41]) < ELL[ell](t[40]) < ELL[ell](t[39])
-    assert lacks(ell) == []
+    assert unmet_assumptions(ell) == []
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_every_ell_of_the_paper_is_convex_and_decreasing_with_negative_slope_at_
 )
 def test_what_a_new_ell_lacks_is_found(loss, missing, monkeypatch):
     monkeypatch.setitem(ELL, "new", loss)
-    found = lacks("new")
+    found = unmet_assumptions("new")
     assert len(found) == len(missing)
     assert all(word in sentence for word, sentence in zip(missing, found, strict=True))
 
@@ -119,7 +119,7 @@ def chain_rule(model, ids, mask, average=False):
 @pytest.fixture()
 def sequences(tokenizer):
     answers = {"Reverse kola": "alok", "Larger of 12 and 93": "93", "Spell tin": "t-i-n, ok"}
-    return [encode(make_codec(tokenizer, "paper"), {"prompt": x}, y) for x, y in answers.items()]
+    return [encode(make_renderer(tokenizer, "paper"), {"prompt": x}, y) for x, y in answers.items()]
 
 
 @torch.no_grad()

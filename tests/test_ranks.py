@@ -150,6 +150,16 @@ def test_gpus_that_torch_cannot_use_are_refused_unless_hidden(tmp_path, monkeypa
     assert ranks.device_of_rank(0) == torch.device("cpu")
 
 
+def test_a_rank_of_several_gpus_computes_on_the_first_and_too_few_are_refused(monkeypatch, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setattr(ranks, "prepare_cuda", lambda device: None)
+    assert [ranks.device_of_rank(k, 2).index for k in (0, 1)] == [0, 2]
+    for rank, each in ((2, 2), (0, 6), (5, 1)):
+        line = refused(lambda r=rank, e=each: ranks.device_of_rank(r, e))
+        assert "more ranks than it has GPUs (5)" in line
+
+
 @pytest.mark.parametrize("lacks", ["nothing", "expandable segments", "libnvidia-ml"])
 def test_a_gpu_without_expandable_segments_falls_back_in_one_line(lacks, monkeypatch, capsys):
     def first_allocation(*args, **kwargs):

@@ -18,9 +18,9 @@ from conftest import MICRO, REPO, shell
 from loss import ELL
 from spin.files import read_jsonl, write_jsonl
 from spin.report import page as report
+from spin.report.diagnose import warnings_about
 from spin.report.pictures import Line, draw_lines
 from spin.report.summary import COLUMNS, leading_metric, verdict
-from spin.report.trouble import signs_of_trouble
 
 SVG = "{http://www.w3.org/2000/svg}"
 INLINE = "data:image/svg+xml;base64,"
@@ -117,9 +117,11 @@ def every(rows: list[dict], **values):
 
 HARMS = [
     (lambda models: every(models[2]["metrics"], loss=0.69), "Iteration 1: the loss began at 0.693"),
+    (lambda models: every(models[2]["metrics"], loss=0.8), "for any model, and rose to 0.800"),
     (lambda models: every(models[1]["metrics"], logratio_real=-3.0), "less likely, by 3.00 nats"),
     (lambda models: models[2].update(mean_length=8.0), "θ_2: its answers have 8.0 tokens"),
     (lambda models: models[1].update(mean_length=2.0), "θ_1: its answers have 2.0 tokens"),
+    (lambda models: models[1].update(limit=2), "θ_1: its benchmarks have at most 2 questions"),
     (lambda models: models[0].update(eos_rate=0.6), "θ_0: 40% of its answers were cut off"),
 ]
 
@@ -127,9 +129,9 @@ HARMS = [
 @pytest.mark.parametrize("harm, word", HARMS)
 def test_the_report_warns_in_words_of_what_is_known_to_go_wrong(harm, word, played):
     recipe, models = healthy(played)
-    assert signs_of_trouble(recipe, models) == []  # control
+    assert warnings_about(recipe, models) == []  # control
     harm(models)
-    (line,) = signs_of_trouble(recipe, models)
+    (line,) = warnings_about(recipe, models)
     page = report.page({**without_curves(played), "problems": [line]})
     assert word in line and line in html.unescape(page)
 
@@ -141,7 +143,7 @@ def test_a_loss_that_stays_where_it_began_is_seen_for_every_loss_of_the_table(el
     for share, warnings in ((0.9, 0), (1, 2)):
         for model in models:
             every(model["metrics"], loss=share * start)
-        assert len(signs_of_trouble({"ell": ell}, models)) == warnings
+        assert len(warnings_about({"ell": ell}, models)) == warnings
 
 
 # ---- which is ahead ------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def test_the_verdict_says_who_is_ahead_and_neither_within_two_standard_errors():
     good, bad = by_prompt(0.8, 1.0), by_prompt(0.6, 1.0)
     said = verdict("expected_exact_match", 1, good, bad)
     assert "At θ_1 SPIN is ahead of continued SFT: expected exact match, 0.8" in said
-    assert "a difference of +0.200 (standard error 0.000)" in said
+    assert "a difference of +0.2000 (standard error 0.0000)" in said
     said = verdict("expected_exact_match", 1, bad, good)
     assert "continued SFT is ahead of SPIN" in said and "-0.200" in said
     # the differences of 42 prompts are ±0.1 around a gain: the standard error is 0.0156
@@ -326,10 +328,10 @@ def test_the_ablations_tables_in_results_and_docs_are_those_of_their_figures(tmp
     printed = tables()
     results = (REPO / "benchmarks" / "RESULTS.md").read_text()
     assert all(table in results for table in printed.strip().split("\n\n"))
-    # a page of docs/ shows no row that was not printed
+    # a page of docs/ shows no figure that was not printed
     page = (REPO / "docs" / "ablations.md").read_text()
-    shown = [line for line in page.splitlines() if " ± " in line and line.startswith("|")]
-    assert len(shown) > 20 and set(shown) <= set(printed.splitlines())
+    shown, known = (set(re.findall(r"0\.\d+ ± 0\.\d+", text)) for text in (page, printed))
+    assert len(shown) > 20 and shown <= known
     # control: another figure of SPIN in the demo
     rows = list(read_jsonl(tmp_path / "ablations.jsonl"))
     for row in rows:

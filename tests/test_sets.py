@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from spin.data.pairs import encode_pairs
 from spin.data.rows import Unusable, is_blank, read_rows, to_pair
 from spin.data.selection import select, select_pairs
-from spin.data.text import make_codec
+from spin.data.text import make_renderer
 from spin.files import read_jsonl, write_jsonl
 from spin.recipe import Recipe
 from spin.report import page
@@ -434,7 +434,7 @@ def rows_of(n):
 
 
 def selected(rows, tokenizer, number=5000, recipe=SHORT, source="set"):
-    return select(rows, source, make_codec(tokenizer, recipe.template), recipe, number)
+    return select(rows, source, make_renderer(tokenizer, recipe.template), recipe, number)
 
 
 def test_a_smaller_number_of_prompts_is_a_subset_of_a_larger_under_one_seed(tokenizer):
@@ -578,10 +578,12 @@ def test_an_answer_cut_off_gets_no_end_of_turn_from_text_alone(columns, tokenize
     ends = ("length", "eos", None)
     rows = [row(columns, f"p {end}", "tin", "kola", end) for end in ends]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    codec = make_codec(tokenizer, "paper")
-    pairs, _ = select_pairs([str(tmp_path / "pairs.jsonl")], codec, SHORT)
-    pairs = encode_pairs([{**pair, "iter": 0} for pair in pairs], codec, SHORT)
-    last = [[pair[half][0][-1] == codec.eot_id for half in ("real", "generated")] for pair in pairs]
+    renderer = make_renderer(tokenizer, "paper")
+    pairs, _ = select_pairs([str(tmp_path / "pairs.jsonl")], renderer, SHORT)
+    pairs = encode_pairs([{**pair, "iter": 0} for pair in pairs], renderer, SHORT)
+    last = [
+        [pair[half][0][-1] == renderer.eot_id for half in ("real", "generated")] for pair in pairs
+    ]
     assert last == [[True, False], [True, True], [True, True]]
 
 

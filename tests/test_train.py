@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import train
 from loss import sequence_logps
 from spin.data.pairs import batches, encode_pairs
-from spin.data.text import load_codec
+from spin.data.text import load_renderer
 from spin.files import read_jsonl, write_jsonl
 from spin.model import checkpoint
 from spin.model.packing import pack
@@ -46,8 +46,8 @@ def fresh(played, tmp_path, iterations=(0,)):
 def recipe_and_pairs(run, t):
     """The micro recipe, and the pairs that iteration t of a run trains on."""
     recipe, args = parse([*MICRO, "--run", str(run), "--iter", str(t)], "", ITER, train.PAIRS)
-    codec = load_codec(str(THETA0), recipe)
-    return recipe, encode_pairs(train.rows_to_train_on(recipe, args, codec), codec, recipe)
+    renderer = load_renderer(str(THETA0), recipe)
+    return recipe, encode_pairs(train.rows_to_train_on(recipe, args, renderer), renderer, recipe)
 
 
 # ---- the frozen opponent -------------------------------------------------------------------------
@@ -120,9 +120,9 @@ def test_after_the_opponents_pass_the_model_is_sharded_again(played, tmp_path, m
 # ---- the loss and the update ---------------------------------------------------------------------
 
 
-def oracle(run, t, steps):
+def oracle(run, t, steps, sft_weight=0.0):
     """Algorithm 1's update in plain single-process PyTorch: one batch a step, autograd, RMSProp by
-    hand. Returns the losses of the first steps."""
+    hand. Returns the losses of the first steps, and the SFT terms, which count sft_weight times."""
     recipe, pairs = recipe_and_pairs(run, t)
     model = load(starting_model(recipe, run, t))
     lr = (3e-5, 2e-5)[t]
@@ -136,16 +136,20 @@ def oracle(run, t, steps):
     square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     total = 2 * math.ceil(len(pairs) / 12)
     warm = max(1, math.ceil(0.1 * total))
-    losses = []
+    losses, terms = [], []
     for step in range(steps):
         # the loss of the global batch
         batch = batches(len(pairs), recipe, t, 0)[step]
-        real = logps(batch, "real") - frozen["real"][batch]
+        policy_real = logps(batch, "real")
+        lengths = torch.tensor([pairs[i]["real"][1].sum() for i in batch])
+        term = (-policy_real / lengths).mean()
+        real = policy_real - frozen["real"][batch]
         generated = logps(batch, "generated") - frozen["generated"][batch]
         loss = torch.log1p(torch.exp(-(lam * real - lam * generated))).mean()
         model.zero_grad()
-        loss.backward()
+        (loss + sft_weight * term).backward()
         losses.append(loss.item())
+        terms.append(term.item())
 
         # RMSProp on the clipped gradient
         norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
@@ -155,7 +159,7 @@ def oracle(run, t, steps):
                 g = p.grad * min(1.0, 1.0 / (norm.item() + 1e-6))
                 square[name] = 0.99 * square[name] + 0.01 * g**2
                 p -= rate * g / (square[name].sqrt() + 1e-8)
-    return losses
+    return losses, terms
 
 
 @pytest.mark.parametrize("t", [0, 1])
@@ -163,7 +167,39 @@ def test_the_losses_are_those_of_algorithm_1_written_out_in_plain_pytorch(played
     """Micro-batches of unequal size, the last batch of an epoch smaller: still the mean over the
     global batch."""
     got = [row["loss"] for row in metrics(played / f"iter{t}")[:4]]
-    assert got == pytest.approx(oracle(played, t, 4), rel=1e-4)
+    assert got == pytest.approx(oracle(played, t, 4)[0], rel=1e-4)
+
+
+def test_sft_weight_adds_the_mean_nll_per_token_of_the_human_answers(played, tmp_path):
+    """And 0 changes no byte and no key; the logged loss stays that of (4.7), first log 2."""
+    run, zero = (fresh(played, tmp_path / name) for name in ("run", "zero"))
+    stage("train", run, "--iter", 0, "--sft-weight", 3)
+    got = metrics(run / "iter0")[:4]
+    assert got[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    losses, terms = oracle(played, 0, 4, sft_weight=3.0)
+    assert [row["loss"] for row in got] == pytest.approx(losses, rel=1e-4)
+    assert [row["sft_loss"] for row in got] == pytest.approx(terms, rel=1e-4)
+    # control: without the term, or with another weight, the steps differ
+    for other in (0.0, 1.0):
+        assert [row["loss"] for row in got] != pytest.approx(oracle(played, 0, 4, other)[0], 1e-4)
+    stage("train", zero, "--iter", 0, "--sft-weight", 0)
+    assert weights(zero / "iter0") == weights(played / "iter0")
+    assert "sft_loss" not in metrics(zero / "iter0")[0]
+    # continued SFT beside it takes no notice
+    for at in (run, zero):
+        stage("train", at, "--iter", 0, "--objective", "sft", "--sft-weight", 3 * (at == run))
+    assert weights(run / "sft" / "iter0") == weights(zero / "sft" / "iter0")
+
+
+def test_the_sft_term_is_the_same_on_two_ranks(played, tmp_path):
+    one, two = (fresh(played, tmp_path / name) for name in ("one", "two"))
+    flags = ("--iter", 0, "--sft-weight", 3)
+    stage("train", one, *flags)
+    code, err = on_ranks(2, lambda: stage("train", two, *flags), tmp_path)
+    assert code == 0, err
+    for a, b in zip(metrics(one / "iter0"), metrics(two / "iter0"), strict=True):
+        for key in ("loss", "sft_loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from test_data import talk
 import train
 from spin.data.pairs import encode_pairs
 from spin.data.rows import read_rows
-from spin.data.text import make_codec, render
+from spin.data.text import make_renderer, render
 from spin.files import read_jsonl, write_jsonl
 from spin.recipe import ITER, Recipe, parse
 
@@ -59,13 +59,13 @@ def test_dpo_from_the_same_texts_has_trls_losses(tmp_path, preferences, tokenize
     flags = ["--batch-size", "8", "--epochs", "1", "--micro-tokens", "128", "--iter", "0"]
     flags += [*DPO, "--pairs", str(preferences)]
     recipe, args = parse([*MICRO, *flags], "", ITER, train.PAIRS)
-    codec = make_codec(tokenizer, "paper")
-    rows = train.rows_to_train_on(recipe, args, codec)
-    pairs = encode_pairs(rows, codec, recipe)
+    renderer = make_renderer(tokenizer, "paper")
+    rows = train.rows_to_train_on(recipe, args, renderer)
+    pairs = encode_pairs(rows, renderer, recipe)
     texts = []
     for row in read_jsonl(preferences):
         answers = {side: " " + row[side][1]["content"] for side in ("chosen", "rejected")}
-        prompt = render(codec, {"prompt": row["prompt"]}).rstrip(" ")
+        prompt = render(renderer, {"prompt": row["prompt"]}).rstrip(" ")
         texts.append({"prompt": prompt, **answers})
 
     losses, _ = train_vs_trl.ours(str(THETA0), pairs, recipe, tmp_path)

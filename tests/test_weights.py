@@ -288,7 +288,8 @@ def test_what_a_checkpoint_has_and_theta_1_will_lack_is_named_once(name, tmp_pat
     theta_0 = save(tiny_multimodal(name) if name == "Qwen3.5" else tiny(name), tmp_path / "theta")
     held = load_file(theta_0 / "model.safetensors") | {n: torch.zeros(2) for n in more}
     save_file(held, theta_0 / "model.safetensors", metadata={"format": "pt"})
-    said = f"warning: {theta_0} has parts that its causal model lacks, and so will theta_1: {named}"
+    said = f"warning: {theta_0} has parts that its causal model drops; theta_1 will lack them too: "
+    said += str(named)
     for t, part in ((0, "generate"), (0, "train"), (1, "generate")):
         capsys.readouterr()
         stage(part, tmp_path / "run", "--iter", t, "--model", theta_0, "--max-new-tokens", 8)

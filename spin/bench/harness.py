@@ -1,6 +1,6 @@
 """The paper's benchmarks, by the Language Model Evaluation Harness (lm_eval): evaluate.py --tasks.
 Prompts, few-shot examples, scoring and standard errors are its own. Data sets come from the hub.
-Without one, start evaluate.py in a folder that holds a copy of each in a folder of its hub id, such
+Without access to the hub, start evaluate.py where each data set has a copy under its hub id, such
 as ./allenai/ai2_arc: the package datasets looks there first."""
 
 import logging
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from spin.bench.paper_tables import TABLES
-from spin.data.text import load_codec
+from spin.data.text import load_renderer
 from spin.files import REPOSITORY, fail
 from spin.model.weights import compute_dtype, load_empty, load_frozen
 from spin.run.ranks import World, device_of_rank
@@ -26,7 +26,7 @@ def run_benchmarks(policy: str, recipe, asked: list[str], limit: int | None) -> 
     size = os.environ.get("WORLD_SIZE", "1")
     if os.environ.get("LOCAL_WORLD_SIZE", size) != size:
         fail("--tasks runs on one node: lm_eval does not share questions between nodes")
-    load_codec(policy, recipe)  # refuses what is no causal language model
+    load_renderer(policy, recipe)  # refuses what is no causal language model
     lm_eval = import_lm_eval()
     manager = lm_eval.tasks.TaskManager()
     config = load_empty(policy, recipe).config.get_text_config()
@@ -90,8 +90,8 @@ def read_tasks(manager, name: str, positions: int | None) -> list:
         found = manager.load([name])
     except Exception as problem:  # of the hub's client, of datasets, of the task's code: no data
         why = f"the task {name} needs a data set that cannot be read ({str(problem)[:200]})"
-        mend = "start this in a folder that holds a copy of it in a folder of its hub id"
-        fail(f"{why}; without a hub, {mend} (hf download ID --repo-type dataset --local-dir ID)")
+        fix = "start this in a folder that holds a copy of it in a folder of its hub id"
+        fail(f"{why}; without a hub, {fix} (hf download ID --repo-type dataset --local-dir ID)")
     for task in found["tasks"].values():
         longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 256)  # HFLM's default
         if task.OUTPUT_TYPE == "generate_until" and positions and longest >= positions:

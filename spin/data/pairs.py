@@ -6,13 +6,13 @@ import math
 import numpy as np
 
 from spin.data.rows import Unusable
-from spin.data.text import Codec, encode
+from spin.data.text import Renderer, encode
 from spin.files import fail
 from spin.model.packing import pack
 from spin.recipe import STREAM
 
 
-def encode_pairs(rows, codec: Codec, recipe) -> list[dict]:
+def encode_pairs(rows, renderer: Renderer, recipe) -> list[dict]:
     """Pairs as token ids: {"id", "iter", "index", "real": (ids, mask), "generated": (ids, mask),
     "shared": 0}, in arrays (T,) of int32 and int8. Refuses a pair that occurs twice."""
     pairs = []
@@ -25,10 +25,10 @@ def encode_pairs(rows, codec: Codec, recipe) -> list[dict]:
         pair = {"id": row["id"], "iter": row["iter"], "index": len(pairs), "shared": 0}
         # sampled ids are taken as they are: decoding loses how they were split
         sampled = row.get("generated_ids", row["generated"])
-        ended = row.get("finish") != "length"  # else its text gets no end of turn, either
+        ended = row.get("finish") != "length"  # an answer that was cut off gets no end of turn
         for half, response, eos in (("real", row["real"], True), ("generated", sampled, ended)):
             try:
-                ids, mask = encode(codec, row, response, recipe.max_length, eos)
+                ids, mask = encode(renderer, row, response, recipe.max_length, eos)
             except Unusable as problem:
                 fail(f"{name}: {problem}")
             pair[half] = np.array(ids, np.int32), np.array(mask, np.int8)
@@ -78,6 +78,17 @@ def tokens_of(pair, objective: str, padded: bool = False) -> int:
     return 2 * max(real, generated) if padded else real + generated - pair["shared"]
 
 
+def answer_lengths(pairs) -> list[int]:
+    """How many tokens each pair's human answer has, its end of turn included."""
+    return [int(pair["real"][1].sum()) for pair in pairs]
+
+
+def opponent_of(pairs, scores, like) -> tuple:
+    """log p_θt of the pairs' real and generated answers, (B,) each, in the dtype of `like`. scores:
+    (N, 2), of all pairs of the iteration."""
+    return scores[[pair["index"] for pair in pairs]].to(like).unbind(1)
+
+
 def batches(n: int, recipe, t: int, epoch: int) -> list[list[int]]:
     """The epoch's global batches: each of n pairs once, in an order of (seed, t, epoch) only."""
     rng = np.random.default_rng((recipe.seed, t, epoch, STREAM["batches"]))
@@ -101,9 +112,9 @@ def micro_batches(batch, pairs, recipe, world, padded: bool = False):
 
 
 def bins_of(sizes, budget: int, multiple: int = 1, widths=None) -> list[list[int]]:
-    """Indices of sizes, in bins that hold at most `budget`, or a single size that is above it.
-    Their number is a multiple of `multiple`; some may be empty. Neighbours are alike.
-    widths: for padded batches, where a bin costs its number of widths × the largest of them."""
+    """Indices of sizes, in bins of at most `budget`, or of one larger size: sizes 5, 4, 3, 2 by 8
+    give [[0, 3], [1, 2]]. Their number is a multiple of `multiple`; some may be empty. Neighbouring
+    bins are about as full. widths: for padded batches, a bin costs len(bin) × its largest width."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))  # the longest first
     if widths:
         return padded_bins(order, widths, budget, multiple)

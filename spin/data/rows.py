@@ -20,7 +20,7 @@ from spin.files import fail, locate, read_jsonl
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 WANTED = "a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub id is wanted"
-# what may hold rows, though we may not read it
+# names of files that may hold rows, including kinds that we cannot read
 DATA = r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|zip|tar)(\.(gz|zst|bz2|xz|lz4))?$"
 # in the name of a file that is not for training
 HELD_OUT = r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?|held(out)?|holdout)(?![a-z])"
@@ -223,8 +223,8 @@ def to_pair(row: dict, source: str) -> tuple[dict, list[str]]:
         asks = name in unused and (name in OF_THE_PROMPT or re.fullmatch(ALIKE, name))
         if asks and not (is_nothing(value) or repeats(pair, value)):
             columns = "/".join(filter(None, shape))
-            mend = f"put what it says into the prompt, or remove the column {name}"
-            fail(f"{source} has the shape {columns}, and {name} would be lost: {mend}")
+            fix = f"put what it says into the prompt, or remove the column {name}"
+            fail(f"{source} has the shape {columns}, and {name} would be lost: {fix}")
     return pair, unused
 
 
@@ -275,7 +275,7 @@ def read_pair(row: dict, shape: tuple) -> dict:
     if any(str(row.get(name)).lower() in ("length", "max_tokens", "max_length") for name in FINISH):
         pair["finish"] = "length"  # the generated answer was cut off, so it has no end of turn
     systems = [one[name] for one in (row, pair) for name in SYSTEM if name in one]
-    texts = [text for text in systems if text != ""] or systems  # an empty one is one, too
+    texts = [text for text in systems if text != ""] or systems  # "" counts if there is no other
     if any(text != texts[0] for text in texts):
         raise Unusable("two system messages")
     return {**pair, "system": texts[0]} if texts else pair
@@ -316,9 +316,9 @@ def turns_of(value, column: str) -> list[tuple[str, str]]:
 
 
 def pair_of_turns(asked: list, real: list, *others: list) -> dict:
-    """The pair in turns. asked: of the prompt's own column. real, and maybe a generated one: an
-    answer alone, or the whole conversation. Of several rounds the first is used (the paper's
-    Appendix B.1); of two conversations, the answers in which they differ."""
+    """The pair that turns hold. asked: the turns of the prompt's own column. real, others: those of
+    the real and maybe a generated answer, alone or in a whole conversation. Of several rounds the
+    first is used (Appendix B.1). Two conversations: the first turn that differs is the answer."""
     if real in others:
         raise Unusable("equal answers")
     is_answer = [role == "assistant" for role, _ in real]
@@ -357,7 +357,7 @@ def answer_of(turns: list) -> str:
     return turns[0][1]
 
 
-def sampled_rows(path: Path, t: int, codec):
+def sampled_rows(path: Path, t: int, renderer):
     """The rows of an iteration's generated.jsonl, one by one; refuses any that is not of it."""
     if not path.exists():
         fail(f"{path} is missing: run generate.py --iter {t} first")
@@ -370,15 +370,17 @@ def sampled_rows(path: Path, t: int, codec):
         if type(row.get("id")) is not int or row.get("iter") != t:
             found = f"id {row.get('id')!r} of iteration {row.get('iter')!r}"
             fail(f"{where}: {found} in the file of iteration {t}")
-        check_ids(row, where, codec)
+        check_ids(row, where, renderer)
         yield row
 
 
-def check_ids(row: dict, where: str, codec):
+def check_ids(row: dict, where: str, renderer):
     """Refuse generated_ids that this model cannot have sampled, or that do not fit their finish."""
     ids = row.get("generated_ids")
-    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < codec.vocabulary for i in ids)
+    known = isinstance(ids, list) and all(
+        type(i) is int and 0 <= i < renderer.vocabulary for i in ids
+    )
     if not known or not ids:
         fail(f"{where}: generated_ids are not token ids of this model")
-    if (ids[-1] in codec.end_ids) != (row.get("finish") == "eos"):
+    if (ids[-1] in renderer.end_ids) != (row.get("finish") == "eos"):
         fail(f"{where}: finish {row.get('finish')!r} does not fit the ids: of another tokenizer")

@@ -12,7 +12,7 @@ from spin.files import fail
 from spin.recipe import STREAM
 
 
-def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], dict]:
+def select(rows, source: str, renderer, recipe, number: int) -> tuple[list[dict], dict]:
     """The first `number` usable rows in the order that the seed gives: fewer are a subset of more,
     as the paper's 14k lie in its 26k and these in its 50k.
     Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of
@@ -21,21 +21,21 @@ def select(rows, source: str, codec, recipe, number: int) -> tuple[list[dict], d
     order = rng.permutation(len(rows)).tolist()
     candidates = ((source, index, rows[index]) for index in order)
     room = recipe.max_length - recipe.max_new_tokens
-    return usable(source, candidates, ("real",), room, codec, recipe, number)
+    return usable(source, candidates, ("real",), room, renderer, recipe, number)
 
 
-def select_pairs(sources: list[str], codec, recipe) -> tuple[list[dict], dict]:
+def select_pairs(sources: list[str], renderer, recipe) -> tuple[list[dict], dict]:
     """The pairs in the files of --pairs, in any shape that holds y', by the same rules.
     Returns the pairs, numbered by "id", and the same counts."""
     candidates = ((s, i, row) for s in sources for i, row in enumerate(read_rows(s, recipe.split)))
     both, room = ("real", "generated"), recipe.max_length - 1
-    return usable(", ".join(sources), candidates, both, room, codec, recipe)
+    return usable(", ".join(sources), candidates, both, room, renderer, recipe)
 
 
-def usable(sources: str, candidates, answers: tuple, room: int, codec, recipe, number=None):
+def usable(sources: str, candidates, answers: tuple, room: int, renderer, recipe, number=None):
     """What select and select_pairs return, of candidates (source, index, row).
-    answers: the texts of a pair that are used, "real" and maybe "generated". room: of a prompt, in
-    tokens. Ends with one line if no candidate can be used."""
+    answers: the texts of a pair that are used, "real" and maybe "generated". room: the most tokens
+    that a prompt may have. Ends with one line if no candidate can be used."""
     pairs = []
     counts = collections.Counter()
     # a hash and not the text, for memory: the authors' sets repeat half of their rows
@@ -52,14 +52,14 @@ def usable(sources: str, candidates, answers: tuple, room: int, codec, recipe, n
             elif "generated" not in pair:
                 raise Unusable("no generated response beside the real one")
             elif "generated_ids" in pair:  # from another run's generated.jsonl
-                check_ids(pair, f"{source}, row {index + 1}", codec)
-            check_text(pair, codec)
+                check_ids(pair, f"{source}, row {index + 1}", renderer)
+            check_text(pair, renderer)
             key = json.dumps([pair.get(name) for name in key_names])
             key = hashlib.sha256(key.encode()).digest()
             if key in seen:
                 raise Unusable("duplicate pair" if "generated" in answers else "duplicate prompt")
             for answer in answers:  # whether the template and the model take it
-                prompt_ids, ids, merged = split_ids(codec, pair, pair[answer])
+                prompt_ids, ids, merged = split_ids(renderer, pair, pair[answer])
                 if not 0 < len(prompt_ids) <= room:
                     raise Unusable("prompt too long" if prompt_ids else "prompt of no tokens")
         except Unusable as problem:
@@ -82,16 +82,16 @@ def usable(sources: str, candidates, answers: tuple, room: int, codec, recipe, n
     return pairs, +counts  # without zeros
 
 
-def check_text(pair: dict, codec):
+def check_text(pair: dict, renderer):
     """Raises Unusable if a text of a pair is empty, or is not what its tokens would say."""
     texts = {name: pair[name] for name in TEXTS if name in pair}
-    if parses_specials(codec) and any(holds_special(codec, text) for text in texts.values()):
+    if parses_specials(renderer) and any(holds_special(renderer, text) for text in texts.values()):
         raise Unusable("text of a special token")
     if "generated_ids" in pair:  # they may be the EOS alone: an answer without text
         texts.pop("generated", None)
     if any(is_blank(text) for name, text in texts.items() if name != "system"):
         raise Unusable("empty prompt or response")
-    if any(lacks_token(codec, text[:LONGEST]) for text in texts.values()):
+    if any(lacks_token(renderer, text[:LONGEST]) for text in texts.values()):
         raise Unusable("text that the tokenizer has no token for")
 
 

@@ -30,8 +30,8 @@ PLAIN = "use --template paper, or a string with {prompt}"  # the remedy for a ch
 
 
 @dataclass(frozen=True, eq=False)
-class Codec:
-    """How one model sees text."""
+class Renderer:
+    """How one model sees text: its tokenizer and a template."""
 
     tokenizer: object
     vocabulary: int  # the model knows the ids below this
@@ -42,11 +42,11 @@ class Codec:
     end_ids: tuple[int, ...] = ()  # what ends a sampled answer: eot_id, then the model's others
     before_answer: str = ""  # chat: what the template writes before an answer
     after_answer: str = ""  # chat: what follows the last answer, the end of turn included
-    next_turn: str = ""  # chat: of after_answer, what the template leaves to the next turn: GLM-4.5
+    next_turn: str = ""  # chat: the end of after_answer that only the next turn writes (GLM-4.5)
 
 
-def load_codec(name: str, recipe) -> Codec:
-    """The codec of a model; refuses a model that SPIN cannot use, before any weight is read."""
+def load_renderer(name: str, recipe) -> Renderer:
+    """The renderer of a model; refuses a model that SPIN cannot use, before any weight is read."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig, logging
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -57,8 +57,8 @@ def load_codec(name: str, recipe) -> Codec:
     try:
         config = AutoConfig.from_pretrained(name, **options)
         if re.search(r'"(quantization|compression)_config": {', config.to_json_string(False)):
-            mend = "take the weights in bf16, fp16 or fp32 that they were made from"
-            fail(f"the weights in {name} are quantised, by its config.json: {mend}")
+            fix = "take the weights in bf16, fp16 or fp32 that they were made from"
+            fail(f"the weights in {name} are quantised, by its config.json: {fix}")
         text_config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         # a wrong value in its config shows in use
@@ -69,7 +69,7 @@ def load_codec(name: str, recipe) -> Codec:
         listed = [getattr(one, "eos_token_id", None) for one in configs]
         listed = [i for ids in listed for i in (ids if isinstance(ids, list) else [ids])]
         arguments = (text_config.vocab_size, recipe.template_kwargs, recipe.date, listed)
-        codec = make_codec(tokenizer, recipe.template, *arguments)
+        renderer = make_renderer(tokenizer, recipe.template, *arguments)
     except Exception as problem:  # transformers raises many kinds here
         cause = f"{type(problem).__name__}: {str(problem)[:300]}"
         fail(f"cannot load the tokenizer and config of {name}: {cause}")
@@ -81,40 +81,41 @@ def load_codec(name: str, recipe) -> Codec:
     context = getattr(text_config, "max_position_embeddings", None)
     if context and recipe.max_length > context:
         fail(f"--max-length {recipe.max_length} is more than the {context} positions of {name}")
-    if codec.eot_id is None:
+    if renderer.eot_id is None:
         fail(f"the tokenizer of {name} has no EOS token, so a response could not end")
-    if codec.eot_id >= codec.vocabulary:
-        known = f"its model only {codec.vocabulary} tokens"
-        fail(f"the tokenizer of {name} ends an answer by token {codec.eot_id}, {known}: not a pair")
-    return codec
+    if renderer.eot_id >= renderer.vocabulary:
+        ends = f"ends an answer with token {renderer.eot_id}"
+        known = f"but its model knows only {renderer.vocabulary} tokens"
+        fail(f"the tokenizer of {name} {ends}, {known}: they do not belong together")
+    return renderer
 
 
-def make_codec(tokenizer, template, vocabulary=None, template_kwargs=(), date="", listed=()):
-    """The codec of a tokenizer and a template. template_kwargs: "name=value", value JSON or text.
-    date: the day that a chat template may write, YYYY-MM-DD; '': today. listed: the ids that the
-    model's configs name as its EOS. Ends with one line if a chat template cannot be used."""
+def make_renderer(tokenizer, template, vocabulary=None, template_kwargs=(), date="", listed=()):
+    """The renderer of a tokenizer and a template. template_kwargs: "name=value", a value is JSON or
+    text. date: the day that a chat template may write, YYYY-MM-DD; '': today. listed: the ids that
+    the model's configs name as its EOS. Ends with one line if a chat template cannot be used."""
     vocabulary = vocabulary or 1 + max(tokenizer.get_vocab().values())
     if template != "chat":
         template = PAPER_TEMPLATE if template == "paper" else template
         bos_ids = ids_before_text(tokenizer)
-        codec = Codec(tokenizer, vocabulary, template, {}, bos_ids, tokenizer.eos_token_id)
+        renderer = Renderer(tokenizer, vocabulary, template, {}, bos_ids, tokenizer.eos_token_id)
     else:
         arguments = template_arguments(tokenizer, template_kwargs, date)
-        codec = Codec(tokenizer, vocabulary, template, arguments, [], None)
-        before, after, between = around_an_answer(codec)
+        renderer = Renderer(tokenizer, vocabulary, template, arguments, [], None)
+        before, after, between = around_an_answer(renderer)
         eot_id, next_turn = end_of_turn(tokenizer, before, after, between, listed)
-        codec = replace(codec, eot_id=eot_id, before_answer=before, next_turn=next_turn)
-        codec = replace(codec, after_answer=after + next_turn)
-    # a word is no end, though listed: Llama's config lists token 2 if nobody lists another
+        renderer = replace(renderer, eot_id=eot_id, before_answer=before, next_turn=next_turn)
+        renderer = replace(renderer, after_answer=after + next_turn)
+    # an ordinary word cannot end an answer, even if listed: Llama's config lists token 2 by default
     ends = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    ends -= {*tokenizer(codec.before_answer, add_special_tokens=False)["input_ids"]}
+    ends -= {*tokenizer(renderer.before_answer, add_special_tokens=False)["input_ids"]}
     others = [i for i in listed if i in ends and i < vocabulary]
-    return replace(codec, end_ids=tuple(dict.fromkeys([codec.eot_id, *others])))
+    return replace(renderer, end_ids=tuple(dict.fromkeys([renderer.eot_id, *others])))
 
 
 def ids_before_text(tokenizer) -> list[int]:
     """What a tokenizer puts before a text: its BOS for Llama, nothing for Qwen."""
-    # a word that it knows: a tokenizer of sums has no token for a letter
+    # try a word that it knows: a tokenizer for arithmetic may have no token for a letter
     for word in sorted(set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens}):
         text = tokenizer.convert_tokens_to_string([word])
         bare = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -152,7 +153,7 @@ def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
     return arguments
 
 
-def around_an_answer(codec: Codec) -> tuple[str, str, str]:
+def around_an_answer(renderer: Renderer) -> tuple[str, str, str]:
     """What the chat template writes around an answer, found from a made-up conversation: before it,
     after the last one, and after an earlier one ('' if the template refuses a second round).
 
@@ -160,32 +161,32 @@ def around_an_answer(codec: Codec) -> tuple[str, str, str]:
     system = {"role": "system", "content": "Be kind."}
     question = {"role": "user", "content": "Which?"}
     answer = {"role": "assistant", "content": "Apple"}
-    thinks = "enable_thinking" in codec.tokenizer.get_chat_template()
-    mend = "add --template-kwargs enable_thinking=false, or " * thinks + PLAIN
+    thinks = "enable_thinking" in renderer.tokenizer.get_chat_template()
+    fix = f"add --template-kwargs enable_thinking=false, or {PLAIN}" if thinks else PLAIN
     for asked in ([question], [system, question]):  # some templates want a system message
         try:
-            prompt = render_messages(codec, asked)
-            text = render_messages(codec, [*asked, answer])
+            prompt = render_messages(renderer, asked)
+            text = render_messages(renderer, [*asked, answer])
             break
         except Unusable as problem:
             refusal = problem
     else:
-        fail(f"{refusal}: {mend}")
+        fail(f"{refusal}: {fix}")
     before, inside, after = text.removeprefix(prompt).partition("Apple")
     if not inside or not text.startswith(prompt):
         why = "a conversation with its answer does not begin as the one that asks for it"
-        fail(f"the chat template cannot be split into prompt and answer, {why}: {mend}")
+        fail(f"the chat template cannot be split into prompt and answer, {why}: {fix}")
     between = ""  # of a template for one round
     with contextlib.suppress(Unusable):
-        between = render_messages(codec, [*asked, answer, question]).partition("Apple")[2]
+        between = render_messages(renderer, [*asked, answer, question]).partition("Apple")[2]
     return before, after, between
 
 
 def end_of_turn(tokenizer, before: str, after: str, between: str, listed) -> tuple[int, str]:
-    """The token that ends an answer: of those that end every turn the tokenizer's EOS or a listed
-    one, else the first special token after the last answer. And '', or the text up to a listed
-    token of the next turn that ends this one. before, after, between: of around_an_answer; listed:
-    as in make_codec.
+    """(eot_id, next_turn). eot_id ends an answer: the tokenizer's EOS or a listed token if one of
+    them follows every answer, else the first special token after the last one. next_turn: '', or
+    if only the next turn writes such a token, the text up to it. before, after, between: of
+    around_an_answer; listed: as in make_renderer.
 
     Phi-3 writes "<|end|>\\n<|endoftext|>" after the last answer, "<|end|>\\n" after an earlier one:
     <|end|>, ''. GLM-4.5 writes nothing, "<|user|>\\n…" and lists <|user|>: <|user|>, "<|user|>"."""
@@ -211,96 +212,98 @@ def end_of_turn(tokenizer, before: str, after: str, between: str, listed) -> tup
     return eot_id, next_turn
 
 
-def render(codec: Codec, pair: dict, answer: str | None = None) -> str:
+def render(renderer: Renderer, pair: dict, answer: str | None = None) -> str:
     """The prompt as the model sees it, or the prompt and an answer with all that is around it.
     pair: holds prompt, and maybe system."""
     system = pair.get("system", "")
-    if codec.template != "chat":
+    if renderer.template != "chat":
         asked = f"{system}\n\n{pair['prompt']}" if system else pair["prompt"]
-        return codec.template.replace("{prompt}", asked) + (answer or "")
+        return renderer.template.replace("{prompt}", asked) + (answer or "")
     # an empty system message is one: without it some templates would write their own
     messages = [{"role": "system", "content": system}] if "system" in pair else []
     messages.append({"role": "user", "content": pair["prompt"]})
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    text = render_messages(codec, messages)
+    text = render_messages(renderer, messages)
     for name in ("system", "prompt"):
         part = pair.get(name, "").strip()
         # counted: a prompt may hold the words of a system message that the template drops
         if part and text.count(part) < sum(one["content"].count(part) for one in messages):
             raise Unusable(f"the chat template drops or changes the {name}")
-    return text if answer is None else text + codec.next_turn
+    return text if answer is None else text + renderer.next_turn
 
 
-def render_messages(codec: Codec, messages: list[dict]) -> str:
+def render_messages(renderer: Renderer, messages: list[dict]) -> str:
     """A conversation by the chat template. The generation prompt follows a user's message."""
     how = {"tokenize": False, "add_generation_prompt": messages[-1]["role"] == "user"}
     try:
-        return codec.tokenizer.apply_chat_template(messages, **how, **codec.arguments)
-    except Exception as problem:  # a template may refuse by any, a system message for instance
+        return renderer.tokenizer.apply_chat_template(messages, **how, **renderer.arguments)
+    except Exception as problem:  # of any kind: a template may refuse a system message, for one
         raise Unusable(f"the chat template refuses a conversation ({str(problem)[:150]})") from None
 
 
-def split_text(codec: Codec, pair: dict, response: str | None, eos: bool) -> tuple[str, str]:
+def split_text(renderer: Renderer, pair: dict, response: str | None, eos: bool) -> tuple[str, str]:
     """(text of the prompt, text that the answer adds). eos: with after_answer (chat).
     Raises Unusable if the chat template does more to the answer than trim it."""
-    text = render(codec, pair)
-    if codec.template != "chat":
+    text = render(renderer, pair)
+    if renderer.template != "chat":
         # The template's last spaces go to the answer's first token, as in the LM Evaluation
         # Harness: to most models "Response:" + " Yes" and "Response: " + "Yes" are other tokens.
         # Spaces that end someone's prompt stay where they are.
-        spaces = len(codec.template) - len(codec.template.rstrip(" "))
+        spaces = len(renderer.template) - len(renderer.template.rstrip(" "))
         prompt = text[: len(text) - spaces]
         return prompt, text[len(prompt) :] + (response or "")
     if response is None:
         return text, ""
-    whole = render(codec, pair, response)
+    whole = render(renderer, pair, response)
     added = whole.removeprefix(text)
-    answer = added.removeprefix(codec.before_answer).removesuffix(codec.after_answer)
-    as_found = added == codec.before_answer + answer + codec.after_answer
+    answer = added.removeprefix(renderer.before_answer).removesuffix(renderer.after_answer)
+    as_found = added == renderer.before_answer + answer + renderer.after_answer
     if not (whole.startswith(text) and as_found and answer.strip() == response.strip()):
         raise Unusable("the chat template changes the answer")
-    return text, added if eos else codec.before_answer + answer
+    return text, added if eos else renderer.before_answer + answer
 
 
-def encode(codec: Codec, pair: dict, response=None, max_length=None, eos=True):
+def encode(renderer: Renderer, pair: dict, response=None, max_length=None, eos=True):
     """split_ids as one sequence: token ids and response mask, both (T,), cut at max_length. What
     is cut gets no end of turn: if only generated answers lacked one, that would tell them apart."""
-    ids, answer, _ = split_ids(codec, pair, response, eos)
+    ids, answer, _ = split_ids(renderer, pair, response, eos)
     mask = [0] * len(ids) + [1] * len(answer)
     return (ids + answer)[:max_length], mask[:max_length]
 
 
-def split_ids(codec: Codec, pair: dict, response=None, eos=True) -> tuple[list, list, bool]:
+def split_ids(renderer: Renderer, pair: dict, response=None, eos=True) -> tuple[list, list, bool]:
     """(ids of the prompt, ids of the answer, whether a token would reach across the border).
     response: text, which gets the end of turn if eos is true and it is no longer than LONGEST;
-    sampled ids, taken as they are; or None for the prompt alone. The prompt's ids do not depend on
-    the answer. Raises Unusable.
+    sampled ids, taken as they are; or None for the prompt alone. Raises Unusable.
 
-    Gemma: […, model, \\n], [Apple, ., <end_of_turn>], False. Vicuna's prompt ends with a space, and
-    "▁Apple" would be one token: the prompt keeps its "▁", the answer is tokenized by itself: True.
+    The prompt is tokenized, then prompt and answer together; what the second adds are the answer's
+    ids. Gemma: […, model, \\n], [Apple, ., <end_of_turn>], False. If the first token of the answer
+    would swallow the prompt's end, the answer is tokenized alone, so that the prompt's ids do not
+    depend on it. Vicuna's prompt ends with a space, and "▁Apple" would be one token: True.
     """
-    literal = not parses_specials(codec)  # "</s>" in a prompt is then four characters and no EOS
-    tokenize = partial(codec.tokenizer, add_special_tokens=False, split_special_tokens=literal)
+    # literal: "</s>" in a text is four characters, and not the EOS
+    literal = not parses_specials(renderer)
+    tokenize = partial(renderer.tokenizer, add_special_tokens=False, split_special_tokens=literal)
     is_text = isinstance(response, str)
     if is_text and len(response) > LONGEST:
         response, eos = response[:LONGEST], False
-    prompt, added = split_text(codec, pair, response if is_text else None, eos)
+    prompt, added = split_text(renderer, pair, response if is_text else None, eos)
     ids = tokenize(prompt)["input_ids"]
     answer, merged = response or [], False
     if is_text:
         both = tokenize(prompt + added)["input_ids"]
         merged = both[: len(ids)] != ids
         answer = ids_amid_text(tokenize, added) if merged else both[len(ids) :]
-        if eos and codec.template != "chat":
-            answer = [*answer, codec.eot_id]
-        elif eos and codec.eot_id not in answer:
+        if eos and renderer.template != "chat":
+            answer = [*answer, renderer.eot_id]
+        elif eos and renderer.eot_id not in answer:
             raise Unusable("the tokenizer does not see the end of turn behind the answer")
         elif eos:
-            answer = answer[: answer.index(codec.eot_id) + 1]
-    if ids[: len(codec.bos_ids)] != codec.bos_ids:  # else the template has written it
-        ids = codec.bos_ids + ids
-    if any(i >= codec.vocabulary for i in ids + answer):
+            answer = answer[: answer.index(renderer.eot_id) + 1]
+    if ids[: len(renderer.bos_ids)] != renderer.bos_ids:  # else the template has written it
+        ids = renderer.bos_ids + ids
+    if any(i >= renderer.vocabulary for i in ids + answer):
         raise Unusable("a token that the model lacks")
     return ids, answer, merged
 
@@ -316,20 +319,20 @@ def ids_amid_text(tokenize, text: str) -> list[int]:
     return tokenize(text)["input_ids"]
 
 
-def lacks_token(codec: Codec, text: str) -> bool:
+def lacks_token(renderer: Renderer, text: str) -> bool:
     """Whether the tokenizer has no token for a part of a text: not all comes back by decoding."""
-    how = {"add_special_tokens": False, "split_special_tokens": not parses_specials(codec)}
+    how = {"add_special_tokens": False, "split_special_tokens": not parses_specials(renderer)}
     try:
-        ids = codec.tokenizer(text, **how)["input_ids"]
+        ids = renderer.tokenizer(text, **how)["input_ids"]
     except Exception:  # of Rust: a tokenizer of words that has none for those unknown
         return True
-    tokenizer = codec.tokenizer
+    tokenizer = renderer.tokenizer
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     unk = tokenizer.unk_token or getattr(model, "unk_token", None)
     # of GPT-2's kind it is the EOS too
     if unk not in (None, tokenizer.eos_token) and tokenizer.convert_tokens_to_ids(unk) in ids:
         return True
-    texts = (text, codec.tokenizer.decode(ids, skip_special_tokens=True))
+    texts = (text, renderer.tokenizer.decode(ids, skip_special_tokens=True))
     # a normalizer may change case, accents and widths
     fold = partial(unicodedata.normalize, "NFKD")
     signs, known = (Counter(fold(fold(one).casefold())) for one in texts)
@@ -337,40 +340,40 @@ def lacks_token(codec: Codec, text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def special_tokens(codec: Codec) -> tuple[str, ...]:
+def special_tokens(renderer: Renderer) -> tuple[str, ...]:
     """Every special token's text, those included that have no role, such as <repo_name>."""
-    tokenizer = codec.tokenizer
+    tokenizer = renderer.tokenizer
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple({*tokenizer.all_special_tokens, *added, *map(tokenizer.decode, codec.end_ids)})
+    return tuple({*tokenizer.all_special_tokens, *added, *map(tokenizer.decode, renderer.end_ids)})
 
 
-def holds_special(codec: Codec, text: str) -> bool:
+def holds_special(renderer: Renderer, text: str) -> bool:
     """Whether text spells out a special token, such as </s>, or the one that ends an answer."""
-    return any(token in text for token in special_tokens(codec))
+    return any(token in text for token in special_tokens(renderer))
 
 
 @functools.lru_cache(maxsize=8)
-def parses_specials(codec: Codec) -> bool:
+def parses_specials(renderer: Renderer) -> bool:
     """Whether text's special tokens are parsed: the template has some, or the tokenizer must, since
     they are in its vocabulary of words, too."""
-    if codec.template == "chat" or holds_special(codec, codec.template):
+    if renderer.template == "chat" or holds_special(renderer, renderer.template):
         return True
-    tokenizer = codec.tokenizer
-    names = [token for token in special_tokens(codec) if token != tokenizer.unk_token]
+    tokenizer = renderer.tokenizer
+    names = [token for token in special_tokens(renderer) if token != tokenizer.unk_token]
     text = "".join(f"{name}\n{name} {name}a{name}" for name in names)
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return not set(tokenizer.convert_tokens_to_ids(names)).isdisjoint(ids)
 
 
-def decode(codec: Codec, ids: list[int]) -> str:
+def decode(renderer: Renderer, ids: list[int]) -> str:
     """The text of a sampled answer, without its end of turn and what the template puts around it.
 
     Qwen3: <think> \\n\\n </think> \\n\\n Apple . <|im_end|>  →  "Apple." """
     how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    as_text = partial(codec.tokenizer.decode, **how)
-    text = as_text(ids[:-1] if ids and ids[-1] in codec.end_ids else ids)
-    if codec.template == "chat":
-        before = codec.tokenizer(codec.before_answer, add_special_tokens=False)["input_ids"]
-        after = codec.after_answer.partition(codec.tokenizer.decode([codec.eot_id]))[0]
+    as_text = partial(renderer.tokenizer.decode, **how)
+    text = as_text(ids[:-1] if ids and ids[-1] in renderer.end_ids else ids)
+    if renderer.template == "chat":
+        before = renderer.tokenizer(renderer.before_answer, add_special_tokens=False)["input_ids"]
+        after = renderer.after_answer.partition(renderer.tokenizer.decode([renderer.eot_id]))[0]
         return text.removeprefix(as_text(before)).removesuffix(after)
-    return text.removeprefix(" ") if codec.template.endswith(" ") else text
+    return text.removeprefix(" ") if renderer.template.endswith(" ") else text

@@ -63,8 +63,8 @@ def unknown(attention_mask, kwargs: dict) -> str | None:
 
 
 def with_prompts(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Keys or values of a row, (1, H, T, D), with a copy of its prompt before each branch.
-    By split and cat: the backward pass of an index would add with atomics, in any order."""
+    """Keys or values of a row, (1, H, T, D), with a copy of the shared prompt before each branch.
+    It uses split and cat: the backward pass of indexing would add by atomics, in any order."""
     n = len(layout.wholes)
     parts = list(x.split(layout.wholes + [own for *_, own in layout.branches], dim=2))
     result = parts[:n]

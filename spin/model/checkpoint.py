@@ -14,7 +14,7 @@ from spin.model.weights import state_options
 from spin.run.folders import Iteration, newest_checkpoint, read_record, record
 from spin.run.ranks import World, barrier, first_cause
 
-MEND = "delete the folder checkpoint to start this iteration again"
+FIX = "delete the folder checkpoint to start this iteration again"
 
 
 def read_scores(iteration: Iteration, pairs) -> torch.Tensor | None:
@@ -52,7 +52,7 @@ def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: Wo
     folder = iteration.folder / "checkpoint"
     part = folder / f"{step}.part"
     if world.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)  # of a kill, maybe with more ranks
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed run, maybe one of more ranks
     barrier()
     weights, moments = what_is_trained(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
@@ -68,11 +68,11 @@ def save_checkpoint(iteration: Iteration, step: int, model, optimizer, world: Wo
     barrier()
 
 
-def refuse_foreign(iteration: Iteration):
+def refuse_unrelated(iteration: Iteration):
     """Refuse a checkpoint that belongs to other pairs, another starting model or another recipe."""
     newest = newest_checkpoint(iteration.folder)
-    if newest and read_json(newest / "made_from.json", MEND) != iteration.made_from:
-        fail(f"{newest} belongs to other pairs or another starting model: {MEND}")
+    if newest and read_json(newest / "made_from.json", FIX) != iteration.made_from:
+        fail(f"{newest} belongs to other pairs or another starting model: {FIX}")
 
 
 def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
@@ -88,9 +88,9 @@ def load_checkpoint(iteration: Iteration, model, optimizer) -> int:
             raise ValueError("metrics.jsonl has too few lines")
         reader.read_metadata()  # where it cannot, dcp.load would print a traceback
         dcp.load({"model": weights, "optimizer": moments}, storage_reader=reader)
-    except (Exception, dcp.CheckpointException) as problem:  # which is no Exception
+    except (Exception, dcp.CheckpointException) as problem:  # the second is a BaseException
         cause = first_cause(problem)
-        fail(f"{newest} is damaged ({type(cause).__name__}: {str(cause)[:200]}): {MEND}")
+        fail(f"{newest} is damaged ({type(cause).__name__}: {str(cause)[:200]}): {FIX}")
     both = {"model_state_dict": weights, "optim_state_dict": moments}
     states.set_state_dict(model, optimizer, **both, options=state_options(model))
     return int(newest.name)

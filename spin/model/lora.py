@@ -20,7 +20,7 @@ OTHERS = "name other layers with --lora-targets"
 
 
 def inject_adapters(model, name: str, recipe) -> list[str]:
-    """Put adapters into a model without memory, by peft; returns the names of their layers."""
+    """Let peft add adapters to a model on the meta device; returns the names of their layers."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -46,8 +46,8 @@ def inject_adapters(model, name: str, recipe) -> list[str]:
 
 
 def layers_to_adapt(model, targets: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers, the head excepted, or of those whose names end with a target. Of
-    a multimodal model, the text model's: nothing else is in the loss."""
+    """Names of the linear layers except the head, or of those whose names end with a target. In a
+    multimodal model only the text model's layers count: nothing else is in the loss."""
     inside = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
     parts = [(n, part) for n, part in model.named_modules() if part in inside]
     # by name: other classes that inherit from Linear route or split too

@@ -20,8 +20,14 @@ AttentionInterface.register("packed", packed_attention)
 
 def pack(sequences, device, shared=None) -> dict:
     """N sequences (ids, mask) as one row: the arguments of sequence_logps except the model.
-    shared[i] = (k, n): the first n tokens of sequence i are those of sequence k, and stand in the
-    row only once; i is a branch of k, its only one. By default n = 0: all sequences are whole."""
+    shared[i] = (k, n): sequence i begins with the same n tokens as sequence k, which stand in the
+    row only once; i is then a branch of k, its only one. By default n = 0: all sequences are whole.
+
+    "P y" and "P y'" with a prompt P of 3 tokens, y of 2 and y' of 1, shared = [(0, 0), (0, 3)]:
+        row        P0 P1 P2 y0 y1 │ y'0
+        positions   0  1  2  3  4 │  3
+        predictors of y0, y1, y'0: 2, 3, 2 (y'0 is predicted by P2, in the other sequence)
+    """
     shared = shared or [(k, 0) for k in range(len(sequences))]
     sizes = [len(tokens) for tokens, _ in sequences]
     wholes = [k for k, (_, skip) in enumerate(shared) if not skip]
@@ -34,7 +40,8 @@ def pack(sequences, device, shared=None) -> dict:
     for k, (tokens, mask) in enumerate(sequences):
         (answer,) = np.nonzero(mask)
         whole, skip = shared[k]
-        before = answer - 1  # in the sequence; it may be the prompt's last token
+        before = answer - 1  # the place in its sequence of the token before each label
+        # the same as a place in the row: a token of the shared prompt lies in the other sequence
         predictors.append(before + np.where(before < skip, begin[whole], begin[k] - skip))
         labels.append(np.asarray(tokens)[answer])
         if skip:
@@ -64,9 +71,9 @@ def pack(sequences, device, shared=None) -> dict:
 
 @contextlib.contextmanager
 def packed(model, attention: str = "auto", device=None):
-    """Inside the `with`, the model takes packed rows. Yields the method: "packed" by our attention,
-    which alone can share a prompt between two sequences; or "padded", a row made a padded batch.
-    attention: the knob --attention; "eager" and "sdpa" mean padded. device: if not the model's."""
+    """Inside the `with`, the model takes packed rows. Yields the method: "packed", our attention,
+    which alone can share a prompt between sequences, or "padded": rows become padded batches.
+    attention: --attention; "eager" and "sdpa" mean padded. device: by default the model's."""
     config = model.config.get_text_config()  # what else a multimodal model has keeps its own
     before = config._attn_implementation
     if attention not in ("sdpa", "eager") and can_pack(model, device):
@@ -88,8 +95,8 @@ def is_padded(model) -> bool:
 
 @torch.no_grad()
 def can_pack(model, device=None) -> bool:
-    """Whether all layers are attention that packed_attention can do, windows included, and pass on
-    what it needs to know. A pass of four tokens asks the model itself."""
+    """Whether packed_attention can do the attention of all layers, windows included, and gets from
+    them the arguments that it needs. A trial pass of four tokens finds out."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     known = kinds <= {"full_attention", "sliding_attention"}

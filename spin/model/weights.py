@@ -48,9 +48,9 @@ def attention_of(recipe) -> str | None:
     return recipe.attention if recipe.attention in ("sdpa", "eager") else None
 
 
-def load_whole(name: str, recipe, dtype: torch.dtype, mend: str = AGAIN):
+def load_whole(name: str, recipe, dtype: torch.dtype, fix: str = AGAIN):
     """A transformers model in dtype, whole, on the CPU. If not all of it can be loaded, a line that
-    ends with `mend` refuses it.
+    ends with `fix` refuses it.
     It is in eval mode: with dropout the untrained policy would not be the opponent."""
     with loading(name):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -70,7 +70,7 @@ def load_whole(name: str, recipe, dtype: torch.dtype, mend: str = AGAIN):
     for kind, names in report.items():
         if names:
             found = f"{kind.replace('_', ' ')} {sorted(names)[:3]}"
-            fail(f"the weights in {name} are not those of its config.json: {found}; {mend}")
+            fail(f"the weights in {name} are not those of its config.json: {found}; {fix}")
     return model.eval()
 
 
@@ -106,8 +106,8 @@ def without_weights(config, attention: str | None = None):
 
 def read_weights(model, name: str, recipe, world: World):
     """Fill a sharded model: rank 0 reads θ_t whole, and sends the ranks their shards."""
-    # First: torch would put new tensors in the place of parameters without memory. Tied weights
-    # would then part, and a frozen base in bf16 would become fp32.
+    # First: else torch would replace the parameters, which have no memory yet, by new tensors. Tied
+    # weights would no longer be tied, and a frozen base in bf16 would become fp32.
     make_room(model, recipe, world)
     weights = {}
     if world.rank == 0:
@@ -123,8 +123,8 @@ def read_weights(model, name: str, recipe, world: World):
 
 
 def parts_not_kept(model, name: str, recipe) -> str | None:
-    """In words, what a checkpoint has and its model has not, such as the vision tower beside a text
-    model. transformers drops without a word what a family lists."""
+    """In words: the parts of a checkpoint that its model lacks, such as the vision tower of a
+    multimodal model. transformers silently drops those that a model family lists."""
     listed = "|".join(model._keys_to_ignore_on_load_unexpected or ())
     if not listed:
         return None
@@ -138,12 +138,12 @@ def parts_not_kept(model, name: str, recipe) -> str | None:
             lost.update([n for n in levels if n not in there][:1])
     if lost:
         named = ", ".join(f"{n} ({number} tensors)" for n, number in lost.most_common(5))
-        return f"{name} has parts that its causal model lacks, and so will theta_1: {named}"
+        return f"{name} has parts that its causal model drops; theta_1 will lack them too: {named}"
     return None
 
 
 def make_room(model, recipe, world: World):
-    """Memory for the weights of a sharded model that was made without."""
+    """Give memory to the weights of a sharded model that is still on the meta device."""
     device = "cpu" if recipe.offload else world.device
     # like to_empty, but buffers and adapters, which are computed and not stored, stay
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
@@ -179,7 +179,7 @@ def name_of(model) -> str:
 
 
 def clip_gradients(model, largest: float) -> torch.Tensor:
-    """Scale the gradients to a norm of at most `largest` over all ranks; returns it before, ()."""
+    """Scale the gradients of all ranks to a norm of at most `largest`; returns the norm before."""
     return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
 
 
@@ -192,8 +192,8 @@ def state_options(model, whole: bool = False):
 
 
 def export(model, tokenizer, folder: Path, theta_t: str, recipe, world: World):
-    """θ_{t+1} as a folder, whole, in fp32: bf16 would round away what an iteration changed.
-    With adapters: these alone in adapter/, and θ_t, read again, with them merged."""
+    """Write θ_{t+1} as a folder, in fp32: bf16 would round away what an iteration changed. With
+    adapters it writes these to adapter/, reads θ_t again, and writes it with them merged."""
     weights = states.get_model_state_dict(model, options=state_options(model, whole=True))
     weights = lora.adapters_in(model, weights)
     # a second name of a weight is left out, such as lm_head.weight where the embedding is the head
@@ -216,8 +216,8 @@ def export(model, tokenizer, folder: Path, theta_t: str, recipe, world: World):
             except Exception as problem:  # Rust's errors are no OSError
                 raise OSError(problem) from None
             model = weights = None  # frees the memory that the same weights need to be read back
-            mend = "transformers cannot read what it saved; the last checkpoint is kept"
-            load_whole(str(part), recipe, torch.float32, mend)
+            fix = "transformers cannot read what it saved; the last checkpoint is kept"
+            load_whole(str(part), recipe, torch.float32, fix)
     barrier()
 
 

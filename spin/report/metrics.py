@@ -4,15 +4,15 @@ import math
 
 import torch
 
-from loss import spin_margin
-from spin.data.pairs import tokens_of
+from loss import sft_loss_per_token, spin_margin
+from spin.data.pairs import answer_lengths, opponent_of, tokens_of
 from spin.run.ranks import sum_over_ranks
 
 # of metrics.jsonl (docs/metrics.md); null where the objective has none
 MEANS = ("loss", "margin", "margin_std", "win_rate", "logratio_real", "logratio_generated")
 
 
-def of_step(passes, opponent, objective: str, lam: float) -> dict:
+def of_step(passes, opponent, objective: str, lam: float, sft_weight: float = 0.0) -> dict:
     """The means of one optimizer step over the pairs of its global batch, and its tokens.
     passes: of each micro-batch of this rank (its pairs, their weight, losses (B,), policy), where
     policy is log p_θ: (2B,), the real answers first; for SFT (B,). opponent: (N, 2), log p_θt."""
@@ -29,6 +29,8 @@ def of_step(passes, opponent, objective: str, lam: float) -> dict:
         columns["win_rate"] = (margin > 0) + 0.5 * (margin == 0)
         columns["logratio_real"] = real - opponent_real
         columns["logratio_generated"] = generated - opponent_generated
+        if sft_weight:
+            columns["sft_loss"] = sft_loss_per_token(real, answer_lengths(pairs))
     values = torch.stack([column.double() for column in columns.values()])
     sums = (values @ weights.double()).cpu()
     counts = dict.fromkeys(("length_real", "length_generated", "pairs", "tokens"), 0.0)
@@ -46,8 +48,3 @@ def of_step(passes, opponent, objective: str, lam: float) -> dict:
         means["margin_std"] = math.sqrt(max(0.0, variance))
     means["tokens"] *= number
     return {**dict.fromkeys(MEANS), **means}
-
-
-def opponent_of(pairs, opponent, like) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p_θt of the pairs' real and generated answers, (B,) each, in the dtype of `like`."""
-    return opponent[[pair["index"] for pair in pairs]].to(like).unbind(1)

@@ -14,9 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from spin.bench import paper_tables
 from spin.files import fail, io_errors_in_one_line, read_json, read_jsonl, write_whole
 from spin.recipe import parse
+from spin.report.diagnose import warnings_about
 from spin.report.pictures import STYLES, Line, as_image, theta
 from spin.report.summary import FEW_PROMPTS, NAMES, leading_metric, verdict
-from spin.report.trouble import signs_of_trouble
 from spin.run.folders import iteration_folder
 
 EVALUATE = "delete it and run evaluate.py again"
@@ -66,7 +66,7 @@ def read_run(run: Path) -> dict:
         "leads": leads,
         "verdict": verdict(leads, last, *rows) if last else None,
         "left_out": {"SFT set": made_from.get("left_out"), "held-out set": spin[0].get("left_out")},
-        "problems": signs_of_trouble(recipe, spin),
+        "problems": warnings_about(recipe, spin),
     }
 
 
@@ -79,7 +79,8 @@ def read_models(run: Path, objective: str) -> list[dict]:
         if not model:
             return found
         model["name"] = f"{theta(t)} {LABELS[objective]}" if t else "θ₀"
-        model["tasks"] = read_json(folder / "benchmarks.json", EVALUATE).get("tasks", {})
+        benchmarks = read_json(folder / "benchmarks.json", EVALUATE)
+        model |= {"tasks": benchmarks.get("tasks", {}), "limit": benchmarks.get("limit")}
         for key in ("metrics", "answers", "by_prompt"):
             path = folder / f"{key}.jsonl"
             model[key] = list(read_jsonl(path)) if path.exists() else []

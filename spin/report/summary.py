@@ -1,6 +1,6 @@
 """Evaluation metrics of a model, from its metrics on each prompt: means, standard errors, and
-whether one model is ahead of another. A prompt is a row with the names of COLUMNS, which figures.py
-computes and by_prompt.jsonl holds. docs/evaluation.md says what each one means."""
+whether one model is ahead of another. A prompt is a row with the names of COLUMNS, which
+evaluation_metrics.py computes and by_prompt.jsonl holds. docs/evaluation.md explains each."""
 
 import math
 
@@ -97,5 +97,5 @@ def verdict(metric: str, t: int, spin: list[dict], sft: list[dict]) -> str | Non
     if abs(gain) > 2 * found["error"]:
         who = "SPIN is ahead of continued SFT" if gain > 0 else "continued SFT is ahead of SPIN"
     values = f"{NAMES[metric]}, {found['B']:.3f} against {found['A']:.3f} of continued SFT"
-    difference = f"a difference of {found['difference']:+.3f} (standard error {found['error']:.3f})"
+    difference = f"a difference of {found['difference']:+.4f} (standard error {found['error']:.4f})"
     return f"At θ_{t} {who}: {values}, {difference}."

@@ -39,14 +39,14 @@ def starting_model(recipe: Recipe, run: Path, t: int, objective: str = "spin") -
 
 
 def answers_of(recipe: Recipe, run: Path, t: int) -> dict[int, Path]:
-    """{s: generated.jsonl of iteration s} for the iterations whose pairs iteration t trains on:
-    its own and, for t ≥ 1, those of t − 1 (Section 6.1), all scored by θ_t."""
+    """{s: generated.jsonl of iteration s} for the iterations whose pairs iteration t trains on: the
+    newest --mix, by default t and t − 1 (Section 6.1). θ_t scores all of them."""
     first = max(0, t + 1 - recipe.at(t).mix)
     return {s: iteration_folder(run, s) / "generated.jsonl" for s in range(first, t + 1)}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in an iteration's folder, if any; a kill may leave parts of others."""
+    """The newest complete checkpoint of an iteration, if any; a killed run may leave a .part."""
     there = [path for path in (folder / "checkpoint").glob("*") if path.name.isdigit()]
     return max(there, key=lambda path: int(path.name), default=None)
 
@@ -57,7 +57,7 @@ def read_record(folder: Path) -> dict:
     rows       number of rows in generated.jsonl
     left_out   rows of the SFT set that were left out, by reason
     pairs      hash of the pairs' tokens that opponent.jsonl and model/ belong to
-    foreign    hashes of the files of --pairs, if there were any"""
+    given_pairs    hashes of the files of --pairs, if there were any"""
     return read_json(folder / "made_from.json", f"delete {folder} to start this iteration again")
 
 
@@ -67,10 +67,10 @@ def record(folder: Path, **facts):
 
 
 def fingerprint(name: str, revision: str) -> str:
-    """A SHA-256 by which a run recognises a model: its config, tokenizer and chat template whole,
-    and of each weight file the size, the header, and 64 KiB at the start, middle and end of each
-    tensor. (Names and sizes alone would not notice other weights.) A hub model is known by its name
-    and revision. Ends with one line where a weight file has no readable header."""
+    """A SHA-256 by which a run recognises a model. It covers config, tokenizer and chat template
+    whole, and of each weight file the size, the header, and 64 KiB at the start, middle and end of
+    each tensor. (Names and sizes alone would not notice other weights.) A hub model is known by its
+    name and revision. Ends with one line if a weight file has no readable header."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{revision}"

@@ -3,9 +3,12 @@ python=${PYTHON:-python}
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 recipe=paper
 if [[ $# -gt 0 && $1 != -* ]]; then recipe=$1; shift; fi
-flags=(--recipe "$recipe" "$@")  # never empty, which bash 3.2 would call unbound
-for flag in "$@"; do  # what the loop decides itself
-  case $flag in --recipe*|--objective*|--iter|--iter=*|--pairs*|--theta0)
+flags=(--recipe "$recipe" "$@")  # never empty: bash 3.2 calls an empty array unbound
+for flag in "$@"; do
+  case $flag in
+  -h|--help) exec "$python" "$here/generate.py" "${flags[@]}" ;;
+  # refuse the flags that the loop itself sets
+  --recipe*|--objective*|--iter|--iter=*|--pairs*|--theta0)
     echo "error: $flag is not for run_iterations.sh: name the recipe first (demo, small, paper)," \
       "or call the stages yourself" >&2; exit 2 ;;
   esac
@@ -18,24 +21,24 @@ if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
   IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"; gpus=${#visible[@]}
 fi
 nodes=${NNODES:-1}
-total=$((gpus * nodes * ${memory:-102400} / 954))  # GB; where it is unknown, what is enough
-needed=$((88 + 6 * gpus * nodes))  # weights, gradients and moments of 7B, and what each GPU adds
+total=$((gpus * nodes * ${memory:-102400} / 954))  # GB; if memory is unknown, assume enough
+needed=$((88 + 6 * gpus * nodes))  # GB: weights, gradients, moments of a 7B model; 6 more per GPU
 if [[ $recipe == paper && $total -lt $needed && ($gpus == 0 || "$*" != *--lora-rank*) ]]; then
   echo "error: the paper recipe needs 88 GB on GPUs and 6 more on each (found $total on $gpus)," \
     "or one GPU with adapters (docs/lora.md); 'bash run_iterations.sh demo' runs on any laptop" >&2
   exit 2
 fi
 plan=$(PYTHONIOENCODING=utf-8 "$python" -m spin.checks "${flags[@]}") || exit $?
-IFS=$'\t' read -r run iterations baseline <<<"$plan"
+# each: GPUs of one rank of generate.py
+IFS=$'\t' read -r run iterations baseline each <<<"$plan"
 
-ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-launch=("$python")
+ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))} launch=()
+samplers=$((ranks / ${each:-1} + (ranks < ${each:-1})))  # generate.py's ranks, at least one
 if [[ $gpus -gt 0 || $ranks -gt 1 || $nodes -gt 1 ]]; then
   where=(--standalone)
   if [[ $nodes -gt 1 ]]; then where=(--nnodes "$nodes" --node_rank "${NODE_RANK:?}" \
     --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}"); fi
-  # -- : torchrun would take our --run for its own --run-path
-  launch=("$python" -m torch.distributed.run --nproc_per_node "$ranks" "${where[@]}" --)
+  launch=(-m torch.distributed.run "${where[@]}" --nproc_per_node)
 elif [[ $recipe == demo ]]; then  # one thread: the same bytes on any number of cores, no slower
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
@@ -44,11 +47,15 @@ did=0 child=
 # Runs a stage unless its result is there. It runs again if its temporary folder is still there,
 # which a kill may have left.
 stage() {
-  local result=$1 script=$2 temporary=generated.part; shift 2
+  local result=$1 script=$2 temporary=generated.part by=$python number=$ranks; shift 2
   [[ $script == train.py ]] && temporary=checkpoint
+  if [[ $script == generate.py ]]; then by=${GENERATE_PYTHON:-$by} number=$samplers; fi
+  # finished: the result is there, and no temporary folder beside it
   [[ -e $run/$result && ! -e $run/${result%/*}/$temporary ]] && return
-  did=1; set -m  # in a process group of its own: what ours is sent reaches it once, by leave
-  "${launch[@]}" "$here/$script" "${flags[@]}" --run "$run" "$@" & child=$!
+  did=1; set -m  # own process group: a signal to ours reaches the stage once, through leave()
+  # -- : torchrun would take our --run for its own --run-path
+  "$by" ${launch[@]+"${launch[@]}" "$number" --} "$here/$script" "${flags[@]}" --run "$run" "$@" &
+  child=$!
   set +m; wait "$child"
 }
 # bash would die alone: the stage is told, and may checkpoint before it leaves

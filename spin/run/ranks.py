@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from spin.files import fail, fail_for_io
 
-# what gloo says where another rank is gone
+# gloo's words when another rank has left; "connection" is written with C or c
 LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
 
 
@@ -74,13 +74,13 @@ def run_lock(run: Path | None):
 
 
 @contextlib.contextmanager
-def process_group(run: Path | None = None):
+def process_group(run: Path | None = None, gpus: int = 1):
     """Join the other ranks for the length of a `with`, and hold a run's lock; yields the World.
-    Ends with one line where they do not join, another rank has left, a GPU's memory is too small,
-    or a file cannot be read or written."""
+    gpus: the number per rank; the first is its device. Ends with one line if the ranks cannot join,
+    one has left, a GPU's memory is too small, or a file cannot be read or written."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
-    device = device_of_rank(int(os.environ.get("LOCAL_RANK", 0)))
+    device = device_of_rank(int(os.environ.get("LOCAL_RANK", 0)), gpus)
     join(rank, size, device)
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -94,14 +94,14 @@ def process_group(run: Path | None = None):
     except (OSError, SafetensorError, CheckpointException) as problem:
         fail_for_io(first_cause(problem))
     except RuntimeError as problem:
-        # torch fails while it writes that error where NVML (MIG, WSL) does not list processes
+        # where NVML lists no processes (MIG, WSL), torch fails while it reports that memory is full
         if isinstance(problem, torch.OutOfMemoryError) or "NVML_SUCCESS == r" in str(problem):
             lower = "lower --micro-tokens, or --slots where answers are sampled, or use more GPUs"
             fail(f"the memory of {device} is too small ({str(problem)[:150]} …): {lower}")
-        # gloo's, whose type says no more; nccl lets torchrun end us
+        # gloo reports a lost rank as a plain RuntimeError; with nccl, torchrun ends this process
         if not any(words in str(problem) for words in LOST):
             raise
-        # if it was of this node, torchrun ends this one before; else one a node speaks
+        # a rank lost on this node: torchrun ends us first; on another: one rank per node reports it
         time.sleep(10 if os.environ.get("LOCAL_RANK") == "0" else 30)
         raise SystemExit(f"rank {rank}: another rank has left, see its message") from None
     finally:
@@ -130,8 +130,8 @@ def join(rank: int, size: int, device: torch.device):
         barrier()
     except (RuntimeError, OSError) as problem:
         by = os.environ.get("GLOO_SOCKET_IFNAME") or "the default interface"
-        mend = "look whether this node reaches it, or name another interface as GLOO_SOCKET_IFNAME"
-        fail(f"rank {rank} cannot join {master} by {by} ({str(problem)[:200]}): {mend}")
+        fix = "look whether this node reaches it, or name another interface as GLOO_SOCKET_IFNAME"
+        fail(f"rank {rank} cannot join {master} by {by} ({str(problem)[:200]}): {fix}")
     # from now on ranks may be hours apart where they sample, but not where GPUs work together
     for kind, minutes in {device.type: 30, "cpu": 120}.items():
         backend = dist.group.WORLD._get_backend(torch.device(kind))
@@ -154,9 +154,9 @@ def interface_to(address: str, routes: Path = Path("/proc/net/route")) -> str:
     return fitting[max(fitting)] if fitting else ""
 
 
-def device_of_rank(local_rank: int) -> torch.device:
-    """A rank's GPU, made ready, or the CPU; refuses more ranks than GPUs, and GPUs that torch
-    cannot use."""
+def device_of_rank(local_rank: int, each: int = 1) -> torch.device:
+    """The device of a rank: the first of its `each` GPUs, made ready, or the CPU. Refuses ranks for
+    which there are too few GPUs, and GPUs that torch cannot use."""
     if not torch.cuda.is_available():
         refuse_idle_gpus()
         # glibc should keep large freed blocks: returned to the kernel, they come back as zeroed
@@ -167,9 +167,9 @@ def device_of_rank(local_rank: int) -> torch.device:
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
-    if local_rank >= gpus:
+    if (local_rank + 1) * each > gpus:
         fail(f"this node runs more ranks than it has GPUs ({gpus}): lower --nproc_per_node")
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank * each)
     prepare_cuda(device)
     return device
 
@@ -191,10 +191,10 @@ def refuse_idle_gpus():
 
 
 def prepare_cuda(device: torch.device):
-    """Settings by which a GPU would lose time or memory otherwise, and no result changes. From
-    reading torch's sources, and tried on an emulated GPU: not run."""
+    """Settings that save a GPU's time or memory and change no result. They follow from torch's
+    sources, and were tried on an emulated GPU, never on a real one."""
     torch.cuda.set_device(device)
-    # batches differ in width: without it, freed memory lies in pieces that fit none of them
+    # batches differ in width: unless segments can expand, freed memory lies in pieces too small
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         configure = torch._C._accelerator_setAllocatorSettings
         try:
@@ -213,7 +213,7 @@ def prepare_cuda(device: torch.device):
 
 
 def first_cause(problem: Exception) -> Exception:
-    """The first rank's exception, where torch has gathered those of all, tracebacks and all."""
+    """The problem itself, or if torch has gathered those of several ranks, the first of them."""
     gathered = isinstance(problem, CheckpointException)
     return next(iter(problem.failures.values()))[0] if gathered else problem
 

@@ -43,8 +43,8 @@ def sample(
     prompts: N lists of ids, of any length. eos: the id that ends an answer, or several. uniform:
     (N, max_new_tokens) uniform numbers; None, or temperature 0, is greedy. slots: answers in
     progress at once. pick: gives the tokens instead, from (logits (n, V), which prompt (n,), which
-    token of its answer (n,)). The decode loop is probe_sampling's, else the first of `ways`. The
-    model's generation_config is not asked: temperature 1 is p_θ and nothing else."""
+    token of its answer (n,)). The decode loop is check_sampling's choice, else the first of `ways`.
+    The model's generation_config is ignored: temperature 1 is p_θ and nothing else."""
     eos = [eos] if isinstance(eos, int) else [*eos]
     longest = max(map(len, prompts)) + max_new_tokens
     decode = getattr(model, "decode_loop", None) or ways(model, longest)[0]

@@ -23,21 +23,21 @@ def pick_token(logits, uniform, temperature: float = 1.0, top_p: float = 1.0) ->
 
     logits: (B, V). uniform: (B,) in float64, or None for greedy. Returns (B,)."""
     if not logits.amax(-1).isfinite().all():
-        mend = "choose another model, or try --dtype fp32"
-        fail(f"the model's logits are NaN or infinite, though its weights are not: {mend}")
+        fix = "choose another model, or try --dtype fp32"
+        fail(f"the model's logits are NaN or infinite, though its weights are not: {fix}")
     if uniform is None or temperature == 0:
         return logits.argmax(-1)
     scores = logits.float() / temperature  # (B, V)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    # float64: near 1, adding less than 6e-8 would not change an fp32 sum: rare tokens were lost
+    # float64: near 1 an fp32 sum ignores terms below 6e-8, so rare tokens would never be drawn
     cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     # scale the number by the last sum, which rounding may leave slightly off 1
     return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
 def keeps_every_key(model, length: int) -> bool:
-    """What Slots can hold: each layer sees all of `length`, and position_ids tell the order."""
+    """Whether Slots fits a model: each layer sees `length` tokens, and position_ids order them."""
     if model._is_stateful:
         return False
     for layer in DynamicCache(config=model.config).layers:
@@ -53,8 +53,8 @@ def keeps_every_key(model, length: int) -> bool:
 class Slots(DynamicLayer):
     """The keys and values of one layer: prompt, then answer, in its slot from column 0 on.
 
-    transformers prescribes the arguments of update, so forward_in_slots sets the attributes first,
-    columns, width and each before each pass."""
+    transformers prescribes the arguments of update. So before every pass forward_in_slots sets the
+    attributes `first`, `columns`, `width` and `each`."""
 
     def __init__(self, slots: int, length: int):
         super().__init__()
@@ -126,7 +126,7 @@ def close_gaps(cache, state, done, width: int):
 
 
 def decode_in_slots(model, prompts, eos, max_new_tokens, pick, slots):
-    """max_new_tokens ids for each prompt: those of pick (see sample), then EOS to fill the row.
+    """max_new_tokens ids for each prompt: those of pick (see engines.sample), then EOS to fill up.
 
     When a prompt enters and which slot it has depends on the arguments and the answers only."""
     slots = min(slots, len(prompts))

@@ -13,10 +13,10 @@ from loss import sequence_logps, spin_margin
 from spin.data.pairs import bins_of
 from spin.data.rows import read_rows
 from spin.data.selection import select
-from spin.data.text import Codec, decode, encode, load_codec
+from spin.data.text import Renderer, decode, encode, load_renderer
 from spin.model.packing import pack, packed
-from spin.model.probe import probe
-from spin.model.sampling_probe import probe_sampling
+from spin.model.sampling_check import check_sampling
+from spin.model.scoring_check import check_scoring
 from spin.model.weights import load_frozen
 from spin.recipe import STREAM
 from spin.report.summary import COLUMNS
@@ -25,22 +25,22 @@ from spin.run.ranks import sum_over_ranks
 from spin.sampling.engines import sample, uniforms
 
 
-def read_held_out(model_name: str, recipe) -> tuple[Codec, list[dict], dict]:
-    """The model's codec, the held-out pairs as selection.select gives them, with "real_tokens"
+def read_held_out(model_name: str, recipe) -> tuple[Renderer, list[dict], dict]:
+    """The model's renderer, the held-out pairs as selection.select gives them, with "real_tokens"
     (y's ids and mask), and the counts of the rows that were left out."""
-    codec = load_codec(model_name, recipe)
+    renderer = load_renderer(model_name, recipe)
     rows = read_rows(recipe.eval_data, recipe.eval_split)
-    pairs, counts = select(rows, recipe.eval_data, codec, recipe, recipe.eval_prompts)
+    pairs, counts = select(rows, recipe.eval_data, renderer, recipe, recipe.eval_prompts)
     for pair in pairs:
-        pair["real_tokens"] = encode(codec, pair, pair["real"], recipe.max_length)
-    return codec, pairs, counts
+        pair["real_tokens"] = encode(renderer, pair, pair["real"], recipe.max_length)
+    return renderer, pairs, counts
 
 
 @torch.no_grad()
-def figures_by_prompt(policy: str, opponent: str | None, codec, pairs, recipe, t: int, world):
+def metrics_by_prompt(policy: str, opponent: str | None, renderer, pairs, recipe, t: int, world):
     """(N, columns) on every rank: for each pair the values of COLUMNS. And the rows of
-    answers.jsonl, on rank 0 only. codec, pairs: by read_held_out. t: the iteration, for its λ and
-    the random numbers of y'."""
+    answers.jsonl, on rank 0 only. renderer, pairs: by read_held_out. t: the iteration, for its λ
+    and the random numbers of y'."""
     # sorted by length and dealt out in turn, so that all ranks have as much to do
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i]["real_tokens"][0]))
     mine = order[world.rank :: world.size]
@@ -49,41 +49,43 @@ def figures_by_prompt(policy: str, opponent: str | None, codec, pairs, recipe, t
     # the opponent first; its memory is free again before the policy is loaded
     of_opponent = [None] * len(chunks)
     if opponent:
-        of_opponent = sample_and_score(opponent, chunks, codec, recipe, t, world)
+        of_opponent = sample_and_score(opponent, chunks, renderer, recipe, t, world)
     model = load_frozen(policy, recipe, world)
-    probe(model, recipe, world)
-    probe_sampling(model, recipe, world)
+    check_scoring(model, recipe, world)
+    check_sampling(model, recipe, world)
     rows = []
     bar = tqdm(chunks, "evaluate", unit="chunk", disable=world.rank > 0)
     for chunk, found in zip(bar, of_opponent, strict=True):
-        rows += figures_of_chunk(model, codec, chunk, found, recipe, t)
+        rows += metrics_of_chunk(model, renderer, chunk, found, recipe, t)
     shown = []
     if world.rank == 0:
-        answers = sample_answers(model, codec, pairs[:SHOWN], recipe, t + 1)
+        answers = sample_answers(model, renderer, pairs[:SHOWN], recipe, t + 1)
         for pair, (ids, finish) in zip(pairs, answers, strict=False):
             row = {name: pair[name] for name in ("id", "prompt", "real")}
-            shown.append({**row, "finish": finish, "answer": decode(codec, ids)})
+            shown.append({**row, "finish": finish, "answer": decode(renderer, ids)})
     table = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float64)
     table[mine] = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(COLUMNS))
     return sum_over_ranks(table).numpy(), shown  # each row was filled by one rank
 
 
-def sample_and_score(opponent: str, chunks, codec, recipe, t: int, world) -> list[tuple]:
+def sample_and_score(opponent: str, chunks, renderer, recipe, t: int, world) -> list[tuple]:
     """For each chunk of B pairs: the opponent's answers y' ~ p_θt, as (ids, mask) each,
     log p_θt(y|x) (B,) and log p_θt(y'|x) (B,)."""
     model = load_frozen(opponent, recipe, world)
-    probe(model, recipe, world)
-    probe_sampling(model, recipe, world)
+    check_scoring(model, recipe, world)
+    check_sampling(model, recipe, world)
     found = []
     for chunk in tqdm(chunks, "opponent", unit="chunk", disable=world.rank > 0):
-        answers = zip(chunk, sample_answers(model, codec, chunk, recipe, t), strict=True)
-        generated = [encode(codec, pair, ids) for pair, (ids, _) in answers]
+        answers = zip(chunk, sample_answers(model, renderer, chunk, recipe, t), strict=True)
+        generated = [encode(renderer, pair, ids) for pair, (ids, _) in answers]
         real = [pair["real_tokens"] for pair in chunk]
         found.append((generated, logps(model, real, recipe), logps(model, generated, recipe)))
     return found
 
 
-def figures_of_chunk(model, codec, chunk, of_opponent: tuple | None, recipe, t: int) -> list[list]:
+def metrics_of_chunk(
+    model, renderer, chunk, of_opponent: tuple | None, recipe, t: int
+) -> list[list]:
     """The policy's values of COLUMNS for each of B pairs; of_opponent: by sample_and_score."""
     real = [pair["real_tokens"] for pair in chunk]
     logp_real = logps(model, real, recipe)  # (B,)
@@ -95,8 +97,8 @@ def figures_of_chunk(model, codec, chunk, of_opponent: tuple | None, recipe, t: 
         margin = spin_margin(*policy, *opponent, recipe.at(t).lam)
         same = [a == b for a, b in zip(real, generated, strict=True)]
         margin[torch.tensor(same)] = 0.0  # a tie: rounding must not decide it
-    greedy = sample_answers(model, codec, chunk, recipe, None)
-    own = sample_answers(model, codec, chunk, recipe, t + 1)
+    greedy = sample_answers(model, renderer, chunk, recipe, None)
+    own = sample_answers(model, renderer, chunk, recipe, t + 1)
     rows = []
     for i, (tokens, mask) in enumerate(real):
         y = [token for token, in_response in zip(tokens, mask, strict=True) if in_response]
@@ -108,7 +110,7 @@ def figures_of_chunk(model, codec, chunk, of_opponent: tuple | None, recipe, t: 
     return rows
 
 
-def sample_answers(model, codec, pairs, recipe, t: int | None) -> list[tuple]:
+def sample_answers(model, renderer, pairs, recipe, t: int | None) -> list[tuple]:
     """The model's own answers to held-out prompts, as (ids, finish) each: at temperature 1,
     y ~ p_θ(·|x), with the random numbers of iteration t; greedy where t is None."""
     most = recipe.max_new_tokens
@@ -117,12 +119,12 @@ def sample_answers(model, codec, pairs, recipe, t: int | None) -> list[tuple]:
         keys = [(recipe.seed, t, pair["id"], STREAM["evaluate"]) for pair in pairs]
         uniform = np.stack([uniforms(*key, number=most) for key in keys])
     prompts = [pair["prompt_ids"] for pair in pairs]
-    return sample(model, prompts, codec.end_ids, most, uniform, slots=recipe.slots)
+    return sample(model, prompts, renderer.end_ids, most, uniform, slots=recipe.slots)
 
 
 def logps(model, sequences, recipe, temperature: float = 1.0) -> torch.Tensor:
-    """log p_θ(y|x) of each of B sequences (ids, mask), packed as train.py packs them; or of the
-    distribution that tokens sampled at another temperature come from. (B,)"""
+    """log p_θ(y|x) of each of B sequences (ids, mask), packed as train.py packs them, (B,); or with
+    the logits divided by a temperature, as when tokens are sampled at it."""
 
     def cooled(**inputs):
         output = model(**inputs)

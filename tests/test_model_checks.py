@@ -1,5 +1,6 @@
-"""spin/model/probe.py: it finds a leak of one token, a wrong window, angles that move, a decode
-loop that sees something else; it passes what is only rounded differently."""
+"""The checks of a model, scoring_check.py and sampling_check.py: they find a leak of one token, a
+wrong window, angles that move, a decode loop that sees something else; they pass what is only
+rounded differently."""
 
 import contextlib
 import functools
@@ -13,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 import train
-from spin.model import attention, packing, probe, sampling_probe, weights
+from spin.model import attention, packing, sampling_check, scoring_check, weights
 from spin.model.attention import Layout, packed_attention
 from spin.recipe import parse
 from spin.run.ranks import World, process_group
@@ -25,7 +26,7 @@ DIFFERS = "one differs from the same sequence alone"  # what (b) says
 
 
 def probed(model, *flags):
-    probe.probe(model, parse([*MICRO, *flags])[0], HERE)
+    scoring_check.check_scoring(model, parse([*MICRO, *flags])[0], HERE)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -170,7 +171,7 @@ def test_a_branch_whose_first_query_stands_beside_the_first_key_is_found(refused
 
 
 def test_angles_that_the_longest_sequence_of_a_pass_decides_are_found(refused, monkeypatch):
-    monkeypatch.setattr(probe, "refuse_moving_angles", lambda *args: None)
+    monkeypatch.setattr(scoring_check, "refuse_moving_angles", lambda *args: None)
     model = tiny("Phi-3, longrope", original_max_position_embeddings=20)
     assert DIFFERS in refused(lambda: probed(model))
 
@@ -187,11 +188,11 @@ def test_angles_that_the_longest_sequence_of_a_pass_decides_are_found(refused, m
 def test_only_angles_that_move_have_a_limit(settings, length, fine, refused):
     config = tiny("Llama", rope_parameters=settings).config
     if fine:
-        return probe.refuse_moving_angles(config, length)
-    assert "lower it to" in refused(lambda: probe.refuse_moving_angles(config, length))
+        return scoring_check.refuse_moving_angles(config, length)
+    assert "lower it to" in refused(lambda: scoring_check.refuse_moving_angles(config, length))
     kinds = {"full_attention": settings, "sliding_attention": {"rope_type": "default"}}
     config.rope_parameters = kinds  # one for each kind of layer
-    assert "lower it to" in refused(lambda: probe.refuse_moving_angles(config, length))
+    assert "lower it to" in refused(lambda: scoring_check.refuse_moving_angles(config, length))
 
 
 def test_sequences_whose_sum_depends_on_the_width_of_a_padded_batch_are_found(refused):
@@ -206,7 +207,7 @@ def test_sequences_whose_sum_depends_on_the_width_of_a_padded_batch_are_found(re
 
 def sampled_by(model, *flags):
     """The decode loop that the probe gives a model."""
-    sampling_probe.probe_sampling(model, parse([*MICRO, *flags])[0], HERE)
+    sampling_check.check_sampling(model, parse([*MICRO, *flags])[0], HERE)
     return model.decode_loop
 
 
@@ -329,7 +330,7 @@ def test_the_probe_of_sampling_takes_any_length_one_slot_and_few_tokens():
         count = lambda _, inputs, __: passed.append(inputs[0].numel())  # noqa: E731 – a line is enough
         model.get_input_embeddings().register_forward_hook(count)
         recipe = parse(flags)[0]
-        sampling_probe.probe_sampling(model, recipe, HERE)
+        sampling_check.check_sampling(model, recipe, HERE)
         assert model.decode_loop is engines.plain_generate
         assert 1000 < sum(passed) <= 2 * recipe.micro_tokens
         passed.clear()
@@ -345,7 +346,7 @@ def scored_wrongly(monkeypatch):
 
 def sampled_wrongly(monkeypatch):
     """And by no other loop."""
-    for module in (engines, sampling_probe):
+    for module in (engines, sampling_check):
         monkeypatch.setattr(module, "ways", lambda *args: [slots.decode_in_slots])
     _, broken = FAULTS_OF_DECODING["a column off by one"]
     monkeypatch.setattr(slots, "forward_in_slots", broken(slots.forward_in_slots))
@@ -383,7 +384,7 @@ def test_a_sharded_model_goes_the_same_way_as_a_whole_one():
         train.shard(model, recipe, world)
         weights.read_weights(model, str(THETA0), recipe, world)
         assert packing.can_pack(model)
-        probe.probe(model, recipe, world)
+        scoring_check.check_scoring(model, recipe, world)
         assert not isinstance(model.model.embed_tokens.weight, torch.nn.Buffer)
         # sharded again: an optimizer's step would otherwise not reach the next pass
         assert {type(w).__name__ for w in model.parameters()} == {"DTensor"}
@@ -392,7 +393,7 @@ def test_a_sharded_model_goes_the_same_way_as_a_whole_one():
 
 def test_random_sequences_hold_no_special_token_and_differ_in_every_place():
     config = tiny("GPT-2", eos_token_id=[2, 7]).config
-    a, long, b, other = probe.random_sequences(config, 64)
+    a, long, b, other = scoring_check.random_sequences(config, 64)
     assert [len(x) for x in (a, long, b, other)] == [8, 64, 56, 64]
     assert not {1, 2, 7} & {*a, *long, *b, *other} and max(a + long + b + other) < 88
     assert all(x != y for x, y in zip(long, other, strict=True))

@@ -5,14 +5,14 @@ The micro-batch holds a short sequence of random tokens, one of --max-length tok
 one. In a packed row, a fourth branches off after the first half of the long one, as a generated
 answer after its prompt.
 
-(a) Nothing leaks. With other tokens in the long sequence (after the branch's prompt) the other
-    sequences must keep the same bits. Where tokens choose experts, (b)'s tolerance holds.
+(a) Nothing leaks. If the long sequence's tokens change (after the branch's prompt), the remaining
+    sequences must keep their values bit by bit. In mixtures of experts, (b)'s tolerance holds.
 (b) Nothing is missing. Alone, in plain transformers, each sequence has the same log-probabilities
     but for rounding, which is measured: every embedding is moved by one unit in its last place. A
     difference of more than 8 times this cannot be rounding.
 
-Compared are medians over stretches of 16 tokens, and the mean: a wrong window moves a whole
-stretch, other faults move single tokens. One that barely chooses another expert is no fault."""
+It compares medians over stretches of 16 tokens, which a wrong window moves, and the mean, which
+single wrong tokens move. A single token that just tips to another expert is not a fault."""
 
 import re
 
@@ -39,7 +39,7 @@ def refuse_what_cannot_be_trained(name: str, recipe):
 
 def refuse_moving_angles(config, longest: int):
     """Refuse lengths at which the longest sequence of a pass changes the rotary angles of all. The
-    kind 'dynamic' changes them beyond the model's positions, which load_codec refuses."""
+    kind 'dynamic' changes them beyond the model's positions, which load_renderer refuses."""
     rope = str(getattr(config.get_text_config(), "rope_parameters", None))
     limit = re.search(r"'original_max_position_embeddings': (\d+)", rope)
     if "'longrope'" in rope and longest > int(limit[1]):
@@ -48,7 +48,7 @@ def refuse_moving_angles(config, longest: int):
 
 
 @torch.no_grad()
-def probe(model, recipe, world):
+def check_scoring(model, recipe, world):
     """Refuse, in one line, a model that scores a sequence otherwise in a micro-batch than alone.
     model: whole or sharded; all ranks take part, with the same tokens."""
     refuse_moving_angles(model.config, recipe.max_length)
@@ -57,6 +57,7 @@ def probe(model, recipe, world):
         needed = "a GPU, bf16 and the package flash-attn"
         fail(f"--attention flash_attention_2 needs {needed}: use --attention auto")
     before, long, behind, other = random_sequences(model.config, recipe.max_length)
+    long_alone = logps_alone(model, long, world.device)  # first: it refuses what is too long
     with packed(model, recipe.attention, world.device) as method:
         row = [before, long, behind]
         prompt = 1  # tokens of the long sequence that are not scored
@@ -66,8 +67,9 @@ def probe(model, recipe, world):
             row[2:] = behind[: len(before)], long[:prompt] + other[:prompt:-1]
         together = logps_together(model, row, prompt, world.device)
         beside_other = logps_together(model, [before, other, *row[2:]], prompt, world.device)
-    alone = [logps_alone(model, ids, world.device) for ids in row]
-    experts, rounding, tolerance = tolerated(model, recipe, world, row[1:2], alone[1:2])
+    alone = [logps_alone(model, ids, world.device) for ids in row if ids is not long]
+    alone.insert(1, long_alone)
+    experts, rounding, tolerance = tolerated(model, recipe, world, [long], [long_alone])
     if method == "padded" and world.rank == 0:
         print(f"{name_of(model)}: padded batches, which need more time and memory than packed rows")
     if isinstance(model, FSDPModule):
@@ -76,25 +78,25 @@ def probe(model, recipe, world):
         return  # sampling and scoring have a line of their own for that
 
     apart = f"{name_of(model)} cannot keep sequences apart"
-    mend = "try another --attention, or another model"
+    fix = "try another --attention, or another model"
     for k, (in_row, other) in enumerate(zip(together, beside_other, strict=True)):
         leak = (in_row - other).abs().max()
         if k != 1 and leak != 0 and not (experts and largest(in_row, other) <= tolerance):
-            fail(f"{apart}: other tokens in one move another by up to {leak:.1g} nats; {mend}")
+            fail(f"{apart}: other tokens in one move another by up to {leak:.1g} nats; {fix}")
     for in_row, by_itself in zip(together, alone, strict=True):
         off = largest(in_row, by_itself[-len(in_row) :])
         if not off <= tolerance:  # NaN too
-            much = f"{off:.1g} nats a token, where rounding explains {rounding:.1g}"
-            fail(f"{apart}: one differs from the same sequence alone by {much}; {mend}")
+            much = f"{off:.1g} nats per token, where rounding explains {rounding:.1g}"
+            fail(f"{apart}: one differs from the same sequence alone by {much}; {fix}")
 
 
 def tolerated(model, recipe, world, sequences, alone) -> tuple[bool, float, float]:
-    """Whether tokens choose experts; how far rounding moves log-probabilities, in nats a token; the
-    difference that is a fault. alone: what logps_alone gives of the sequences."""
+    """Returns whether tokens choose experts, how far rounding moves log-probabilities (in nats per
+    token), and the largest difference that is tolerated. alone: the sequences' logps_alone."""
     experts = bool(re.search("expert|moe", str(model).lower()))
     eps = torch.finfo(compute_dtype(recipe.dtype, world.device)).eps
     moved = [logps_alone(model, ids, world.device, eps) for ids in sequences]
-    # measured, and the last place of the numbers themselves
+    # what is measured, and on top the last place of the log-probabilities themselves
     rounding = max(map(largest, moved, alone)) + eps
     rounding -= torch.finfo(torch.float32).eps * torch.cat(alone).min().item()
     # if one layer chooses another expert, all later tokens feel it a little
@@ -129,8 +131,8 @@ def logps_together(model, sequences: list[list[int]], prompt: int, device) -> li
 
 
 def logps_alone(model, ids: list[int], device, moved: float = 0.0) -> torch.Tensor:
-    """log p of a sequence's tokens from the second on, by plain transformers, where the embeddings
-    are moved up and down, by turns, by this share of them."""
+    """log p of a sequence's tokens from the second on, in plain transformers. moved: the entries of
+    the embeddings are multiplied by 1 − moved and 1 + moved in turn."""
 
     def move(module, inputs, output):
         signs = torch.ones_like(output)
@@ -141,7 +143,9 @@ def logps_alone(model, ids: list[int], device, moved: float = 0.0) -> torch.Tens
     hook = model.get_input_embeddings().register_forward_hook(move)
     try:
         logits = model(input_ids=row, use_cache=False).logits[0, :-1]
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as problem:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "out of bounds" not in str(problem):
+            raise  # of memory, or of another rank
         why = f"{type(problem).__name__}: {str(problem)[:200]}"
         fail(f"{name_of(model)} cannot score {len(ids)} tokens ({why}): choose another model")
     finally:

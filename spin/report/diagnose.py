@@ -36,8 +36,8 @@ def not_held_out(pairs, answered: Path) -> str | None:
     rows = read_jsonl(answered) if answered.exists() else ()
     asked = {" ".join(row["prompt"].split()) for row in rows}
     shared = sum(" ".join(pair["prompt"].split()) in asked for pair in pairs)
-    why = f"{shared} of the {len(pairs)} held-out prompts are trained on: these figures say little"
-    return f"{why} of others, so choose another --eval-data" if shared else None
+    why = f"{shared} of the {len(pairs)} held-out prompts are trained on: these metrics say little"
+    return f"{why} about others, so choose another --eval-data" if shared else None
 
 
 def new_collapse(rows, t: int) -> str | None:
@@ -63,7 +63,7 @@ def all_less_likely(rows) -> str | None:
     )
 
 
-def signs_of_trouble(recipe: dict, models: list[dict]) -> list[str]:
+def warnings_about(recipe: dict, models: list[dict]) -> list[str]:
     """What is known to go wrong and is seen in a run, a sentence or two each. models: eval.json of
     θ_0, θ_1, …, with the rows of metrics.jsonl as "metrics", of which the last tenth is judged."""
     start = float(ELL[recipe["ell"]](torch.zeros(())))  # ℓ(0): nothing is distinguished
@@ -72,17 +72,28 @@ def signs_of_trouble(recipe: dict, models: list[dict]) -> list[str]:
         if model["eos_rate"] < 0.9:
             cut = f"{1 - model['eos_rate']:.0%} of its answers were cut off at --max-new-tokens"
             found.append(f"θ_{t}: {cut}. They have no end to learn from.")
+        if model.get("limit"):
+            found.append(
+                f"θ_{t}: its benchmarks have at most {model['limit']} questions per task. "
+                "Do not compare them with the paper's."
+            )
         steps = model["metrics"]
         if not steps:
             continue
         late = steps[-max(1, len(steps) // 10) :]
         keys = ("loss", "logratio_real", "length_real")
         loss, logratio, human = (fmean(row[key] for row in late) for key in keys)
-        if loss > 0.97 * start:
+        began = f"Iteration {t - 1}: the loss began at {start:.3f}, as for any model"
+        if loss > 1.03 * start:
             found.append(
-                f"Iteration {t - 1}: the loss began at {start:.3f}, as for any model, and ended at "
-                f"{loss:.3f}. The policy hardly distinguishes human from generated answers. Try "
-                "another learning rate or more steps, unless nothing is left to learn."
+                f"{began}, and rose to {loss:.3f}: some margins are on the wrong side, or beyond "
+                "what this loss wants. Try a lower learning rate or a smaller λ."
+            )
+        elif loss > 0.97 * start:
+            found.append(
+                f"{began}, and ended at {loss:.3f}. The policy hardly distinguishes human from "
+                "generated answers. Try another learning rate or more steps, unless nothing is "
+                "left to learn."
             )
         if logratio < 0:
             found.append(
