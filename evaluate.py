@@ -16,7 +16,7 @@ docs/evaluation.md explains the keys of eval.json."""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH would leave it out
+sys.path.insert(0, __file__.rpartition("/")[0])  # this folder, missing under PYTHONSAFEPATH
 
 from spin import checks
 from spin.bench import harness

@@ -22,7 +22,7 @@ import shutil
 import sys
 import time
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH would leave it out
+sys.path.insert(0, __file__.rpartition("/")[0])  # this folder, missing under PYTHONSAFEPATH
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard

@@ -78,9 +78,10 @@ def tokens_of(pair, objective: str, padded: bool = False) -> int:
     return 2 * max(real, generated) if padded else real + generated - pair["shared"]
 
 
-def answer_lengths(pairs) -> list[int]:
-    """How many tokens each pair's human answer has, its end of turn included."""
-    return [int(pair["real"][1].sum()) for pair in pairs]
+def answer_lengths(pairs, half: str = "real") -> list[int]:
+    """How many tokens each pair's human answer has, or its "generated" one, the end of turn
+    included."""
+    return [int(pair[half][1].sum()) for pair in pairs]
 
 
 def opponent_of(pairs, scores, like) -> tuple:

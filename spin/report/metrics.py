@@ -36,7 +36,7 @@ def of_step(passes, opponent, objective: str, lam: float, sft_weight: float = 0.
     counts = dict.fromkeys(("length_real", "length_generated", "pairs", "tokens"), 0.0)
     for part, weight, *_ in passes:
         for half in ("real", "generated"):
-            counts[f"length_{half}"] += weight * sum(int(pair[half][1].sum()) for pair in part)
+            counts[f"length_{half}"] += weight * sum(answer_lengths(part, half))
         counts["pairs"] += weight * len(part)
         counts["tokens"] += weight * sum(tokens_of(pair, objective) for pair in part)
     sums = torch.cat([sums, torch.tensor([*counts.values()], dtype=torch.float64)])

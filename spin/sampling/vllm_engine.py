@@ -61,7 +61,8 @@ def sample(engine, prompts, eos, max_new_tokens, keys, temperature=1.0, top_p=1.
     how = {"temperature": temperature, "top_p": top_p, "top_k": 0, "max_tokens": max_new_tokens}
     how |= {"ignore_eos": True, "stop_token_ids": [*eos], "detokenize": False}
     seeds = [int(np.random.default_rng(key).integers(2**63)) for key in keys]
-    params = [load_vllm().SamplingParams(**how, logprobs=logprobs, seed=seed) for seed in seeds]
+    vllm = load_vllm()
+    params = [vllm.SamplingParams(**how, logprobs=logprobs, seed=seed) for seed in seeds]
     answers = []
     try:
         prompts = [{"prompt_token_ids": ids} for ids in prompts]
