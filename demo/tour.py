@@ -29,11 +29,10 @@ from spin import checks
 from spin.data.pairs import encode_pairs, packed_pairs
 from spin.data.selection import select
 from spin.data.text import decode, load_renderer, split_ids
-from spin.files import REPOSITORY, fail, io_errors_in_one_line, read_json, read_jsonl
+from spin.files import REPOSITORY, fail, io_errors_in_one_line, read_jsonl
 from spin.model.packing import packed
 from spin.model.weights import load_frozen
-from spin.recipe import Recipe
-from spin.run.folders import iteration_folder, read_record, starting_model
+from spin.run.folders import iteration_folder, read_recipe, read_record, starting_model
 from spin.run.ranks import World
 from spin.sampling.engines import sample, uniforms
 from spin.sampling.slots import pick_token
@@ -41,9 +40,7 @@ from spin.sampling.slots import pick_token
 
 def load(run: Path) -> SimpleNamespace:
     """Iteration 0 of a run: recipe, renderer, θ_0, θ_1, files. Refused if something is missing."""
-    saved = read_json(run / "recipe.json", checks.RESTORE).items()
-    knobs = {name: tuple(v) if isinstance(v, list) else v for name, v in saved}
-    recipe = Recipe(**{name: v for name, v in knobs.items() if name in vars(Recipe())})
+    recipe = read_recipe(run)
     checks.before_evaluating(recipe, run, 0)
     given_pairs = read_record(iteration_folder(run, 0)).get("given_pairs")
     if given_pairs or (recipe.temperature, recipe.top_p) != (1, 1):

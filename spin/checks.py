@@ -19,6 +19,7 @@ from spin.files import AGAIN, fail, io_errors_in_one_line, locate, read_json, we
 from spin.model.weights import has_nonfinite
 from spin.recipe import Recipe, fixed_knobs, parse
 from spin.run.folders import (
+    RESTORE,
     answers_of,
     fingerprint,
     iteration_folder,
@@ -28,7 +29,6 @@ from spin.run.folders import (
 )
 from spin.run.ranks import flags_of_all_ranks, gather
 
-RESTORE = "restore it, or choose another --run"
 # what a row of generated.jsonl has from the SFT set
 OF_THE_SET = ("id", "system", "prompt", "real")
 

@@ -20,9 +20,9 @@ from spin import checks
 from spin.data.text import PAPER_TEMPLATE
 from spin.files import REPOSITORY, fail, io_errors_in_one_line, locate, write_whole
 from spin.model.weights import compute_dtype, load_frozen, load_whole, whole_folder
-from spin.recipe import Recipe
 from spin.report.evaluation_metrics import logps, read_held_out
 from spin.report.page import chart, read_run
+from spin.run.folders import read_recipe
 from spin.run.ranks import process_group
 
 # the hub id of a model or a data set, and not the path of a file that may have been deleted
@@ -47,8 +47,7 @@ def main(argv=None):
     if args.to and not (HUB_ID.fullmatch(args.to) and hub.get_token()):
         fail(f"--to {args.to} wants OWNER/NAME and a token: run hf auth login, or set HF_TOKEN")
     found, t = read_run(run), int(place[1]) + 1
-    knobs = {k: v for k, v in found["recipe"].items() if k in Recipe.__dataclass_fields__}
-    recipe = Recipe(**knobs)  # what is missing or unknown is refused by whole_run
+    recipe = read_recipe(run)
     with process_group(run) as world:
         checks.whole_run(recipe, run)
         if len(found["spin"]) <= t or world.size > 1:
@@ -58,7 +57,7 @@ def main(argv=None):
             _, _, picture = chart(found, found["leads"])["src"].partition(",")
             (part / "report.svg").write_bytes(base64.b64decode(picture))
             name = args.to or f"{run.name}-theta{t}"
-            write_whole(part / "README.md", card(found, t, knobs, name, differs))
+            write_whole(part / "README.md", card(found, t, vars(recipe), name, differs))
     print(f"{differs}\n{out}: theta_{t} and its card")
     if args.to:
         try:

@@ -17,10 +17,9 @@ from spin.recipe import parse
 from spin.report.diagnose import warnings_about
 from spin.report.pictures import STYLES, Line, as_image, theta
 from spin.report.summary import FEW_PROMPTS, NAMES, leading_metric, verdict
-from spin.run.folders import iteration_folder
+from spin.run.folders import RESTORE, iteration_folder
 
 EVALUATE = "delete it and run evaluate.py again"
-RESTORE = "restore it, or choose another --run"
 LABELS = {"spin": "SPIN", "sft": "continued SFT"}
 CURVES = (  # a picture's title, what it shows, and its keys of metrics.jsonl
     ("loss", "ℓ of the margin, Eq. (4.7); it starts at ℓ(0)", ["loss"]),

@@ -14,6 +14,7 @@ from spin.recipe import Recipe, as_text, fixed_knobs
 TEXT_FILES = "*config.json *.index.json *token* *vocab* merges.txt *.model *.spm *.codes"
 TEXT_FILES += " *.jinja */*.jinja chat_template.json tekken.json emoji.json"
 SAMPLE = 2**16  # bytes read at the start, in the middle and at the end of each tensor
+RESTORE = "restore it, or choose another --run"  # what helps when a run's file is damaged
 SHOWN = 6  # held-out prompts whose answers evaluate.py keeps in answers.jsonl, for the report
 
 
@@ -127,6 +128,14 @@ def made_by(recipe: Recipe, policy: str, opponent: str | None, asked: dict) -> d
     made = {name: model and fingerprint(model, recipe.revision) for name, model in models.items()}
     digest = hashlib.sha256(json.dumps(knobs).encode()).hexdigest()
     return {**made, "recipe": digest, **asked}
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The recipe in recipe.json, as save_recipe wrote it. Knobs that are unknown or missing there
+    are refused by checks.run_directory, not here."""
+    saved = read_json(run / "recipe.json", RESTORE).items()
+    knobs = {name: tuple(v) if isinstance(v, list) else v for name, v in saved}
+    return Recipe(**{name: v for name, v in knobs.items() if name in Recipe.__dataclass_fields__})
 
 
 def save_recipe(recipe: Recipe, run: Path):
