@@ -47,7 +47,7 @@ def main(argv=None):
     with join(args.run if of_a_run else None) as world:
         evaluate(recipe, args, of_a_run, world)
         if of_a_run:
-            tracking.send_figures(recipe, args.run, 0 if args.theta0 else args.iter + 1)
+            tracking.send_evaluation(recipe, args.run, 0 if args.theta0 else args.iter + 1)
 
 
 def evaluate(recipe, args, of_a_run: bool, world):

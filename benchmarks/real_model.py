@@ -1,7 +1,7 @@
 """What SPIN does to a real language model whose SFT set is partly wrong: arms, seeds, tables.
 
     OMP_NUM_THREADS=1 python benchmarks/real_model.py --model DIR --workers 2 [--work DIR]
-    python benchmarks/real_model.py --tables      prints the tables of the log; runs nothing
+    python benchmarks/real_model.py --tables      only prints the tables and draws the pictures
 
 The questions are short, of fact and of form (real_model/questions.jsonl, made by
 make_questions.py). θ_0 is --model after SFT on a few clean questions. Each arm trains on 768
@@ -30,7 +30,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from spin.files import append_jsonl, fail, read_jsonl, write_json, write_jsonl
+from spin.files import append_jsonl, fail, read_jsonl, write_json, write_jsonl, write_whole
+from spin.report.pictures import STYLES, Line, draw_lines, theta
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUESTIONS = REPOSITORY / "benchmarks" / "real_model" / "questions.jsonl"
@@ -69,7 +70,7 @@ class Arm:
 
     def of_sft(self) -> tuple:
         """All that continued SFT depends on."""
-        return self.start, self.wrong, self.lr, self.epochs
+        return self.start, self.wrong, self.lr, self.epochs, self.mix
 
     def keys(self, seed: int) -> list[tuple]:
         """The lines of the log that make it complete, as (arm, seed, objective, t of θ_t)."""
@@ -81,25 +82,24 @@ class Arm:
 # Each stands for a sentence of docs/theory.md. The first five came first: SPIN falls below θ_0 at
 # 5e-6, and not at 1e-6. So the others are at 1e-6.
 ARMS = [
-    Arm("default", sft=True),  # λ > 1 vetoes what the model finds implausible
-    Arm("λ 1", lam="1"),  # one optimum is p_data, mistakes included
-    Arm("one epoch", epochs="1", sft=True),  # in the second, mistakes are learnt by heart
-    Arm("λ 20", lam="20", iterations=1),  # small steps
+    Arm("5e-6", sft=True),  # λ > 1 vetoes what the model finds implausible
+    Arm("5e-6, λ 1", lam="1"),  # one optimum is p_data, mistakes included
+    Arm("5e-6, one epoch", epochs="1", sft=True),  # in the second, mistakes are learnt by heart
+    Arm("5e-6, λ 20", lam="20", iterations=1),  # small steps
     Arm("1e-6", lr="1e-6", sft=True),
     Arm("1e-6, 0% wrong", lr="1e-6", wrong=0, sft=True),  # SFT should be ahead
     Arm("1e-6, λ 1", lr="1e-6", lam="1"),
-    Arm("1e-6, four iterations", lr="1e-6", sft=True, iterations=4),
+    Arm("1e-6, four iterations", lr="1e-6", iterations=4),
     Arm("1e-6, formed", lr="1e-6", start="formed", sft=True),  # little is left to gain
     Arm("1e-6, λ 20", lr="1e-6", lam="20"),
     Arm("1e-6, SFT term 1", lr="1e-6", more="--sft-weight 1"),  # RPO
-    Arm("1e-6, 50% wrong", lr="1e-6", wrong=0.5, sft=True),
     Arm("1e-6, mix 1 2", lr="1e-6", mix="1 2"),
     Arm("2e-6", lr="2e-6", sft=True),
-    Arm("1e-6, 0% wrong, λ 1", lr="1e-6", wrong=0, lam="1"),
     Arm("1e-6, λ 0.1", lr="1e-6", lam="0.1"),  # goes past the data
+    Arm("1e-6, 0% wrong, λ 1", lr="1e-6", wrong=0, lam="1"),
 ]
 # the arms that run with the seeds 1 and 2 too, chosen by the first tables
-SECOND = ()
+SECOND = ("1e-6", "1e-6, 0% wrong", "1e-6, λ 1")
 
 
 # ---- the questions -------------------------------------------------------------------------------
@@ -362,10 +362,11 @@ def models_of(arm: Arm, lines: list[dict], arms: list[Arm]) -> dict[tuple, dict[
     arm of another λ included."""
     names = {"spin": arm.name, "theta0": arm.start}
     owners = [x for x in arms if x.sft and x.of_sft() == arm.of_sft()]
+    owners = [x for x in owners if x.iterations >= arm.iterations]  # as many steps
     names["sft"] = arm.name if arm.sft else next((x.name for x in owners), None)
     found = {}
     for line in lines:
-        if names[line["objective"]] == line["arm"]:
+        if names[line["objective"]] == line["arm"] and line["t"] <= arm.iterations:
             found.setdefault((line["objective"], line["t"]), {})[line["seed"]] = line
     return found
 
@@ -379,6 +380,21 @@ def best(models: dict, objective: str, seeds: list[int]) -> int | None:
                 statistics.fmean(values(by_seed[seed], "1", "choose")) for seed in seeds
             )
     return max(found, key=found.get) if found else None
+
+
+def noisy_match(line: dict) -> float:
+    """The expected exact match that a user with NOISE in his held-out answers would see. A wrong
+    answer counts as 0: models give those of training questions a probability of about 0.02."""
+    rows = with_mistakes(held_out(), NOISE, line["seed"])[128:]
+    found = values(line, "1", "report")
+    return statistics.fmean(0 if "right" in r else p for r, p in zip(rows, found, strict=True))
+
+
+def from_theta0(models: dict, objective: str, t: int) -> tuple[float, float]:
+    """(θ_t's expected exact match − θ_0's, its standard error), of the seeds that both have."""
+    both = models["theta0", 0], models[objective, t]
+    seeds = sorted(both[0].keys() & both[1].keys())
+    return difference(*([values(by_seed[s], "1", "report") for s in seeds] for by_seed in both))
 
 
 def three(by_seed: dict[int, dict]) -> str:
@@ -398,45 +414,61 @@ def table(head: list[str], rows: list[list[str]]):
 
 
 def tables(lines: list[dict], arms: list[Arm]):
-    """All tables, line by line."""
-    levels, differences, memory, seen = [], [], [], []
+    """All tables, line by line. An arm is shown as soon as its θ_1 of SPIN is in the log."""
+    gains, levels, differences, memory = [], [], [], {}
     most = max((line["t"] for line in lines), default=0)
     for arm in arms:
         models = models_of(arm, lines, arms)
-        if ("spin", 1) not in models:
-            continue
-        order = sorted(models, key=lambda key: (("theta0", "spin", "sft").index(key[0]), key[1]))
-        for objective, by in (("spin", "SPIN"), ("sft", "continued SFT")):
-            if objective == "spin" or arm.sft:
-                row = [three(models[key]) for key in order if key[0] in ("theta0", objective)]
-                levels.append([f"{arm.name}: {by}", *row, *[""] * (most + 1 - len(row))])
-        differences += differences_of(arm, models)
-        for key in order:
-            if key[0] == "sft" and not arm.sft:  # shown with the arm that has run it
-                continue
-            of = models[key].values()
-            name = {"theta0": f"θ_0, {arm.start}", "spin": f"SPIN θ_{key[1]}"}
-            name = f"{arm.name}: {name.get(key[0], f'SFT θ_{key[1]}')}"
-            p = [statistics.fmean(statistics.fmean(x[n]) for x in of) for n in ("right", "wrong")]
-            ahead = statistics.fmean(
-                statistics.fmean(r > w for r, w in zip(x["right"], x["wrong"], strict=True))
-                for x in of
-            )
-            memory.append([name, f"{p[0]:.3f}", f"{p[1]:.3f}", f"{ahead:.3f}"])
-            seen.append([name, *seen_of(list(of))])
-    head = ["arm", *(f"θ_{t}" for t in range(most + 1))]
+        if ("spin", 1) in models:
+            gains.append(gains_of(arm, models))
+            levels += levels_of(arm, models, most)
+            differences += differences_of(arm, models)
+            memory |= memory_of(arm, models)
+    yield "Expected exact match at temperature 1, less θ_0's, 256 questions"
+    head = ["arm", *(f"{by} θ_{t}" for by in ("SPIN", "SFT") for t in (1, 2))]
+    yield from table(head, gains)
     yield "Expected exact match at temperature 1 (at 0.6; greedy), 256 questions"
-    yield from table(head, levels)
+    yield from table(["arm", "seeds", *(f"θ_{t}" for t in range(most + 1))], levels)
     yield "Paired differences ± two standard errors, best iterations"
     yield from table(["arm", "seeds", "difference", *COLUMNS.values()], differences)
     yield "Training questions with a wrong answer: probability of the right one, of the wrong one,"
     yield "and how often the right one is more likely"
-    yield from table(["model", "right", "wrong", "right ahead"], memory)
-    yield "What a user sees, beside the expected exact match of the 256"
-    head = ["model", "exact match", "NLL clean", "NLL noisy", "margin", "win rate", "log-ratio y"]
-    yield from table([*head, "held-out win rate", "length"], seen)
+    rows = [[name, *(f"{value:.3f}" for value in found)] for name, found in memory.items()]
+    yield from table(["model", "right", "wrong", "right ahead"], rows)
+    yield "What a user sees of SPIN's iterations in which the expected exact match rose, or fell"
+    yield from signals(lines, arms)
     spent = sum(sum(line["cpu_s"].values()) for line in lines)
     yield f"{len(lines)} models, {spent / 3600:.1f} core-hours"
+
+
+def gains_of(arm: Arm, models: dict) -> list[str]:
+    """A row of the first table."""
+    keys = itertools.product(("spin", "sft"), (1, 2))
+    cells = [f"{from_theta0(models, *key)[0]:+.3f}" if key in models else "" for key in keys]
+    return [arm.name, *cells]
+
+
+def levels_of(arm: Arm, models: dict, most: int):
+    """Rows of the second table: SPIN, and SFT if this arm has run it. most: the last t."""
+    for objective, by in (("spin", "SPIN"), ("sft", "continued SFT"))[: 1 + arm.sft]:
+        found = {t: of for (name, t), of in models.items() if name in ("theta0", objective)}
+        cells = [three(found[t]) if t in found else "" for t in range(most + 1)]
+        yield [f"{arm.name}: {by}", str(len(found.get(1, ()))), *cells]
+
+
+def memory_of(arm: Arm, models: dict) -> dict[str, list[float]]:
+    """{model: means over questions and seeds}; continued SFT is listed with the arm that ran it."""
+    found = {}
+    order = ("theta0", "spin", "sft")
+    for objective, t in sorted(models, key=lambda key: (order.index(key[0]), key[1])):
+        names = {"theta0": f"θ_0, {arm.start}", "spin": f"{arm.name}: SPIN θ_{t}"}
+        if arm.sft or objective != "sft":
+            rows = [(x["right"], x["wrong"]) for x in models[objective, t].values()]
+            pairs = [pair for row in rows for pair in zip(*row, strict=True)]
+            right, wrong = map(statistics.fmean, zip(*pairs, strict=True))
+            name = names.get(objective, f"{arm.name}: continued SFT θ_{t}")
+            found[name] = [right, wrong, statistics.fmean(r > w for r, w in pairs)]
+    return found
 
 
 def differences_of(arm: Arm, models: dict):
@@ -461,23 +493,74 @@ def differences_of(arm: Arm, models: dict):
             yield [arm.name, str(len(seeds)), which, *rows]
 
 
-def seen_of(lines: list[dict]) -> list[str]:
-    """What a user sees of a model: means over seeds; empty where the objective has none."""
-    figures = [
-        lambda x: statistics.fmean(values(x, "1", "report")),
-        lambda x: x["clean_report"],
-        lambda x: x["noisy_report"],
-        *(lambda x, n=n: x["training"]["last"][n] for n in ("margin", "win_rate", "logratio_real")),
-        lambda x: x["evaluated"]["win_rate"],
-        lambda x: x["evaluated"]["mean_length"],
-    ]
-    cells = []
-    for figure in figures:
-        try:
-            cells.append(f"{statistics.fmean(map(figure, lines)):.3f}")
-        except KeyError:
-            cells.append("")
-    return cells
+# What a user sees of an iteration: of θ_t its change since θ_{t-1}, of the training its last steps.
+CHANGES = {
+    "exact match, noisy answers": noisy_match,
+    "NLL per token, noisy answers": lambda line: line["noisy_report"],
+    "NLL per token, right answers": lambda line: line["clean_report"],
+    "length of its answers": lambda line: line["evaluated"]["mean_length"],
+}
+TRAINING = ("win_rate", "margin", "logratio_real", "logratio_generated")
+
+
+def signals(lines: list[dict], arms: list[Arm]):
+    """A table: each figure of CHANGES and TRAINING, as its mean over SPIN's iterations in which the
+    expected exact match rose, and over those in which it fell, and as its correlation with that
+    change."""
+    iterations = []  # (the change, {figure: value}) of each
+    for arm in arms:
+        models = models_of(arm, lines, arms)
+        for (objective, t), by_seed in models.items():
+            if objective != "spin" or (arm.iterations > 2 >= t):  # those are another arm's too
+                continue
+            start = models["theta0" if t == 1 else "spin", t - 1]
+            for seed in by_seed.keys() & start.keys():
+                old, new = start[seed], by_seed[seed]
+                a, b = (statistics.fmean(values(line, "1", "report")) for line in (old, new))
+                seen = {name: figure(new) - figure(old) for name, figure in CHANGES.items()}
+                seen |= {f"training: {name}": new["training"]["last"][name] for name in TRAINING}
+                iterations.append((b - a, seen))
+    rose, fell = ([seen for gain, seen in iterations if (gain > 0) == up] for up in (True, False))
+    rows = []
+    for name in iterations[0][1] if rose and fell else ():
+        means = (statistics.fmean(seen[name] for seen in part) for part in (rose, fell))
+        pairs = [(gain, seen[name]) for gain, seen in iterations]
+        correlation = statistics.correlation(*zip(*pairs, strict=True))
+        rows.append([name, *(f"{mean:+.3f}" for mean in means), f"{correlation:+.2f}"])
+    return table(["figure", f"rose ({len(rose)})", f"fell ({len(fell)})", "correlation"], rows)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def pictures(lines: list[dict], arms: list[Arm]) -> dict[str, str]:
+    """{file name: SVG} for docs/real-model.md: what wrong answers do, and what the rate does, as
+    far as the log has it. Bars are one standard error of the paired difference."""
+    found = {arm.name: models_of(arm, lines, arms) for arm in arms}
+    drawn = {"mistakes.svg": [], "rates.svg": []}
+
+    def draw(picture, label, points, start=()):
+        style = STYLES[len(drawn[picture])] + "o"
+        there = [
+            (x, *from_theta0(found[a], *k)) for x, a, *k in points if (*k,) in found.get(a, ())
+        ]
+        if there:
+            drawn[picture].append(Line(label, [*start, *there], style))
+
+    for objective, by in (("spin", "SPIN"), ("sft", "SFT")):
+        for name, wrong in (("1e-6, 0% wrong", "0%"), ("1e-6", "30%")):
+            steps = [(t, name, objective, t) for t in (1, 2)]
+            draw("mistakes.svg", f"{by}, {wrong} wrong", steps, [(0, 0, 0)])
+        for t in (1, 2):
+            steps = [(x, name, objective, t) for x, name in enumerate(("1e-6", "2e-6", "5e-6"))]
+            draw("rates.svg", f"{by} {theta(t)}", steps)
+    axis, rates = "expected exact match − θ₀'s", dict(enumerate(("1e-6", "2e-6", "5e-6")))
+    about = {"mistakes.svg": ("model", None), "rates.svg": ("rate, 30% wrong", rates)}
+    return {
+        name: draw_lines(axis, drawn[name], label, axis, ticks=ticks)
+        for name, (label, ticks) in about.items()
+        if drawn[name]
+    }
 
 
 def main():
@@ -487,7 +570,7 @@ def main():
     add("--workers", type=int, default=2, help="arms at a time, each one process (default: 2)")
     add("--work", type=Path, default=Path("runs/real_model"), help="the run directories")
     add("--log", type=Path, default=QUESTIONS.with_name("log.jsonl"))
-    add("--tables", action="store_true", help="print the tables of the log; run nothing")
+    add("--tables", action="store_true", help="print the log's tables, draw its pictures")
     add("--score", type=Path, help=argparse.SUPPRESS)  # a process of its own
     add("--arm", help=argparse.SUPPRESS)
     add("--seed", type=int, help=argparse.SUPPRESS)
@@ -502,6 +585,8 @@ def main():
             fail("--model DIR is wanted, a folder of SmolLM2-135M-Instruct; or --tables")
         run_all(jobs, args.model.absolute(), args.work.absolute(), args.workers, log)
     print("\n".join(tables(log.lines, ARMS)))
+    for name, svg in pictures(log.lines, ARMS).items():
+        write_whole(args.log.with_name(name), svg)
 
 
 if __name__ == "__main__":

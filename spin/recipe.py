@@ -40,8 +40,8 @@ changeable = functools.partial(knob, may_change=True)
 
 @dataclass(frozen=True)
 class Recipe:
-    """All knobs, as resolved. A tuple of numbers has one value per iteration; the last serves
-    later iterations too."""
+    """All knobs, after recipe and flags. `at` turns lam, lr and mix, which have one value per
+    iteration, into those of iteration t; the last value serves later iterations too."""
 
     # the models and the data: Section 6.1; the revision is the one that the authors' code names
     model: str = knob("alignment-handbook/zephyr-7b-sft-full", "theta_0: hub id or folder")
@@ -77,13 +77,13 @@ class Recipe:
     max_new_tokens: int = knob(256, "longest y' in tokens; 256 in the authors' code", POSITIVE)
     chunk: int = knob(512, "prompts that a rank takes, answers and writes at a time", POSITIVE)
 
-    # stage 2: from Appendix B.1; Section 6.1 has 2 epochs, and 50k, then 100k pairs (hence mix)
+    # stage 2, from Appendix B.1; epochs and mix from Section 6.1: 2 epochs on 50k, then 100k pairs
     objective: str = changeable(
         "spin", "SPIN (4.7), or SFT (3.1) into RUN/sft", choices=("spin", "sft")
     )
     lam: tuple[float, ...] = knob((0.1, 0.1, 0.1, 5.0), "lambda of (4.7), by iteration", POSITIVE)
     ell: str = knob("logistic", "the loss l of Assumption 5.1", choices=tuple(ELL))
-    # RPO's term (arXiv 2405.16436): the usual complaint is that human answers lose probability
+    # RPO's term (arXiv 2405.16436), against a known weakness: human answers lose probability
     sft_weight: float = knob(
         0.0, "weight of the SFT loss of y (mean per token), which is added to (4.7)", NOT_NEGATIVE
     )
@@ -111,7 +111,7 @@ class Recipe:
     )
     tensor_parallel: int = changeable(1, "GPUs per rank of generate.py, for vLLM", POSITIVE)
     micro_tokens: int = changeable(
-        8192, "tokens per pass and rank; a longer pair goes alone", POSITIVE
+        8192, "most tokens in a rank's micro-batch; a longer pair is one by itself", POSITIVE
     )
     dtype: str = changeable(
         "auto", "auto: bf16 on CUDA, else fp32", choices=("auto", "bf16", "fp32")
@@ -125,7 +125,7 @@ class Recipe:
         True, "activation checkpointing: less memory, a quarter more compute"
     )
     offload: bool = changeable(False, "weights, gradients and optimizer in host memory (slow)")
-    replicas: int = changeable(1, "whole copies of the sharded model, such as one a node", POSITIVE)
+    replicas: int = changeable(1, "copies of the sharded model, such as one per node", POSITIVE)
     checkpoint_every: int = changeable(200, "optimizer steps between resume checkpoints", POSITIVE)
     track: str = changeable("none", "a live logger", choices=("none", "trackio", "wandb"))
 
@@ -149,12 +149,12 @@ class Numbers:
 
 
 # The flags that a recipe stands for. Sources: `paper` is the defaults. `small`'s learning rate and
-# chat template are our choice for a small instruct model, not run. `demo`'s λ and learning rates
-# were chosen by benchmarks/demo_seeds.py (RESULTS.md).
+# chat template are our choice for a small instruct model, not run. Its λ is 1, since 0.1 lost as
+# much as SFT in docs/real-model.md. `demo`'s λ and rates were chosen by benchmarks/demo_seeds.py.
 RECIPES = {
     "paper": "",
     "small": """--model HuggingFaceTB/SmolLM2-360M-Instruct --template chat --num-prompts 5000
-        --max-length 1024 --lr 1e-6 1e-6 2e-7 2e-7 --micro-tokens 2048""",
+        --max-length 1024 --lam 1 --lr 1e-6 1e-6 2e-7 2e-7 --micro-tokens 2048""",
     "demo": """--model demo/theta0 --data demo/train.jsonl --eval-data demo/heldout.jsonl
         --num-prompts 2048 --eval-prompts 512 --max-new-tokens 24 --max-length 64
         --chunk 256 --slots 256 --lam 5 --lr 3e-5 3e-5 6e-6 6e-6 --sft-baseline

@@ -83,9 +83,9 @@ def a_line(arm, objective, t, p, seed=0):
     """A line of the log; p: the probability of every right answer at temperature 1."""
     line = {"arm": arm, "seed": seed, "objective": objective, "t": t}
     line |= {"nll": [-math.log(p)] * 384, "cooler": [p / 2] * 384, "greedy": "01" * 192}
-    line |= {"clean_report": 0.5, "noisy_report": 1.5, "right": [0.25, 0.75], "wrong": [0.5, 0.5]}
-    line |= {"cpu_s": {"train": 3600}, "evaluated": {"mean_length": 3.5}}
-    last = {"margin": 1.25, "win_rate": 0.75, "logratio_real": -0.5} if objective == "spin" else {}
+    line |= {"clean_report": 0.5, "noisy_report": p, "right": [0.25, 0.75], "wrong": [0.5, 0.5]}
+    line |= {"cpu_s": {"train": 3600}, "evaluated": {"mean_length": 3 + p}}
+    last = {"win_rate": p, "margin": p, "logratio_real": -p, "logratio_generated": 2 * p}
     return {**line, "training": {"last": last}}
 
 
@@ -116,26 +116,50 @@ def test_differences_are_paired_over_questions_and_seeds():
 
 
 def test_the_tables_hold_the_figures_of_the_log(tmp_path, capsys, monkeypatch):
-    arms = [real_model.Arm("a", sft=True), real_model.Arm("b", lam="1")]
+    arms = [real_model.Arm("1e-6", sft=True), real_model.Arm("b", lam="1")]
     lines = [a_line("form", "theta0", 0, 0.5)]
-    lines += [a_line("a", "spin", 1, 0.625), a_line("a", "spin", 2, 0.75)]
-    lines += [a_line("a", "sft", 1, 0.375), a_line("a", "sft", 2, 0.25), a_line("b", "spin", 1, 1)]
+    lines += [a_line("1e-6", "spin", 1, 0.625), a_line("1e-6", "spin", 2, 0.75)]
+    lines += [
+        a_line("1e-6", "sft", 1, 0.375),
+        a_line("1e-6", "sft", 2, 0.25),
+        a_line("b", "spin", 1, 1),
+    ]
+    lines += [a_line("b", "spin", 2, 0.25)]
+    lines[-1]["clean_report"] = 0.25
     for line in lines:
         append_jsonl(tmp_path / "log.jsonl", line)
     monkeypatch.setattr(real_model, "ARMS", arms)
     monkeypatch.setattr(sys, "argv", ["", "--tables", "--log", str(tmp_path / "log.jsonl")])
     real_model.main()
     shown = capsys.readouterr().out
+    assert "| 1e-6 | +0.125 | +0.250 | -0.125 | -0.250 |" in shown
+    # b is shown beside the continued SFT of the other arm
+    assert "| b | +0.500 | -0.250 | -0.125 | -0.250 |" in shown
     a = ("0.500 (0.250; 0.500)", "0.625 (0.312; 0.500)", "0.750 (0.375; 0.500)")
-    assert f"| a: SPIN | {' | '.join(a)} |" in shown
+    assert f"| 1e-6: SPIN | 1 | {' | '.join(a)} |" in shown
     sft = (a[0], "0.375 (0.188; 0.500)", "0.250 (0.125; 0.500)")
-    assert f"| a: continued SFT | {' | '.join(sft)} |" in shown
-    assert f"| b: SPIN | {a[0]} | 1.000 (0.500; 0.500) |  |" in shown
+    assert f"| 1e-6: continued SFT | 1 | {' | '.join(sft)} |" in shown
+    assert f"| b: SPIN | 1 | {a[0]} | 1.000 (0.500; 0.500) | 0.250 (0.125; 0.500) |" in shown
     # its best iterations are θ_2 and θ_1; b takes its continued SFT from a
-    assert "| a | 1 | SPIN − SFT (θ_2, θ_1) | +0.375 ± 0.000 | +0.188 ± 0.000 |" in shown
+    assert "| 1e-6 | 1 | SPIN − SFT (θ_2, θ_1) | +0.375 ± 0.000 | +0.188 ± 0.000 |" in shown
     assert "| b | 1 | SPIN − SFT (θ_1, θ_1) | +0.625 ± 0.000 |" in shown
-    assert "| a | 1 | SFT − θ_0 (θ_1, θ_0) | -0.125 ± 0.000 |" in shown
-    assert "| a: SPIN θ_2 | 0.500 | 0.500 | 0.500 |" in shown
-    seen = "0.750 | 0.500 | 1.500 | 1.250 | 0.750 | -0.500 |  | 3.500 |"
-    assert f"| a: SPIN θ_2 | {seen}" in shown
-    assert "6 models, 6.0 core-hours" in shown
+    assert "| 1e-6 | 1 | SFT − θ_0 (θ_1, θ_0) | -0.125 ± 0.000 |" in shown
+    assert "| 1e-6: SPIN θ_2 | 0.500 | 0.500 | 0.500 |" in shown
+    # rises by 1/8, 1/8 and 1/2, a fall by 3/4. A noisy set has the right answer to 178 of the 256
+    assert "| figure | rose (3) | fell (1) | correlation |" in shown
+    right = (
+        sum(
+            "right" not in row
+            for row in real_model.with_mistakes(real_model.held_out(), 0.3, 0)[128:]
+        )
+        / 256
+    )
+    noisy = f"{0.25 * right:+.3f} | {-0.75 * right:+.3f} | +1.00 |"
+    assert 0.65 < right < 0.75 and f"| exact match, noisy answers | {noisy}" in shown
+    assert "| NLL per token, right answers | +0.000 | -0.250 | +0.94 |" in shown
+    assert "| training: logratio_real | -0.792 | -0.250 | -0.97 |" in shown
+    picture = (tmp_path / "mistakes.svg").read_text()
+    assert (
+        "SPIN, 30% wrong" in picture and "SFT, 30% wrong" in picture and ", 0% wrong" not in picture
+    )
+    assert "7 models, 7.0 core-hours" in shown

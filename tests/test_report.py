@@ -20,7 +20,7 @@ from spin.files import read_jsonl, write_jsonl
 from spin.report import page as report
 from spin.report.diagnose import warnings_about
 from spin.report.pictures import Line, draw_lines
-from spin.report.summary import COLUMNS, leading_metric, verdict
+from spin.report.summary import COLUMNS, last_iteration, leading_metric, verdict
 
 SVG = "{http://www.w3.org/2000/svg}"
 INLINE = "data:image/svg+xml;base64,"
@@ -182,6 +182,32 @@ def test_the_verdict_says_who_is_ahead_and_neither_within_two_standard_errors():
         assert verdict("expected_exact_match", 1, spin, sft) is None
 
 
+def test_the_report_says_whether_to_go_on_after_the_last_iteration():
+    def said(*levels: float, spread=0.0) -> str | None:
+        """Of models with these levels; the last one's prompts differ by ± spread from it."""
+        models = []
+        for level in levels:
+            rows = by_prompt(level, 1.0)
+            models.append({"expected_exact_match": level, "by_prompt": rows})
+        for i, row in enumerate(rows):
+            row["expected_exact_match"] += spread * (-1) ** i
+            row["greedy_exact_match"] = i % 2  # half of them; none before
+        return last_iteration(models)
+
+    assert said(0.6, 0.8).startswith("θ_1 is ahead of θ_0, the best model before it, so another")
+    greedy = "Greedy answers: +0.5000 (standard error 0.0781)."
+    assert "expected exact match, 0.830 against 0.630, a difference of +0.2000" in said(0.6, 0.8)
+    assert said(0.6, 0.8).endswith(greedy)
+    # the standard error is 0.0156, as above
+    for gain, word in ((0.033, "ahead"), (0.03, "within"), (-0.03, "within"), (-0.033, "behind")):
+        assert said(0.6, 0.6 + gain, spread=0.1).startswith(f"θ_1 is {word}")
+    # beside the best model before it: θ_2 gains on θ_1, but not on θ_0
+    assert said(0.8, 0.6, 0.7).startswith("θ_2 is behind θ_0, so use θ_0; a lower --lr")
+    assert said(0.6, 0.8, 0.8).startswith("θ_2 is within noise of θ_1, the best model before it")
+    models = [{"expected_exact_match": 0.6, "by_prompt": by_prompt(0.6, 1, n=n)} for n in (41, 42)]
+    assert last_iteration(models) is None
+
+
 @pytest.mark.parametrize("best, leads", [(0.0099, "nll_per_token"), (0.01, "expected_exact_match")])
 def test_a_run_without_a_hundredth_of_exact_matches_is_led_by_the_nll(best, leads, played):
     found = without_curves(played)
@@ -200,8 +226,8 @@ def test_the_report_shows_a_baseline_the_verdict_and_benchmarks(played, tmp_path
         for name in ("eval.json", "by_prompt.jsonl", "answers.jsonl"):
             before = run if t == 0 else run / "iter0"
             shutil.copy(before / name, run / "sft" / f"iter{t}")
-    for folder in (run / "iter1", run / "sft" / "iter1"):  # 12 prompts would be too few
-        path = folder / "by_prompt.jsonl"
+    for folder in ("iter0", "iter1", "sft/iter1"):  # 12 prompts would be too few
+        path = run / folder / "by_prompt.jsonl"
         rows = list(read_jsonl(path))
         write_jsonl(path, [{**row, "id": 99 * k + row["id"]} for k in (0, 1) for row in rows])
     metrics = {"acc_norm,none": 0.4321, "acc_norm_stderr,none": 0.0123}
@@ -209,9 +235,15 @@ def test_the_report_shows_a_baseline_the_verdict_and_benchmarks(played, tmp_path
     (run / "iter1" / "benchmarks.json").write_text(json.dumps(written))
     report.main([*MICRO, "--run", str(run)])
     page = (run / "report.html").read_text()
-    said = report.read_run(run)["verdict"]
-    assert "At θ_2 SPIN is ahead of continued SFT" in said
-    assert said in html.unescape(page) and said in capsys.readouterr().out
+    said = report.read_run(run)["verdicts"]
+    assert len(said) == 2 and said[0].startswith("θ_2 is ahead of θ_1, the best model before it")
+    assert said[1].startswith("At θ_2 SPIN is ahead of continued SFT")
+    printed = capsys.readouterr().out
+    assert all(line in html.unescape(page) and line in printed for line in said)
+    for path in run.rglob("eval.json"):  # where the NLL leads, there is no sentence on θ_2 and θ_1
+        path.write_text(json.dumps({**json.loads(path.read_text()), "expected_exact_match": 0.001}))
+    (line,) = report.read_run(run)["verdicts"]
+    assert "continued SFT: NLL per token" in line
     assert "<td>θ₂ continued SFT</td>" in page
     _, _, images = parsed(page)
     assert len(dots(images[0][1])) == 6 and "continued SFT" in words(images[0][1])
@@ -306,7 +338,9 @@ def test_a_picture_shows_its_points_with_their_errors_at_the_right_height():
 
 def test_many_iterations_leave_room_for_their_names():
     points = [(t, 0.5, 0.1) for t in range(31)]
-    svg = ET.fromstring(draw_lines("title", [Line("a", points)], "model", "value"))
+    drawn = [draw_lines("title", [Line("a", points)], "model", "value") for _ in range(2)]
+    assert drawn[0] == drawn[1]  # no date, no random names: a picture changes only with its lines
+    svg = ET.fromstring(drawn[0])
     names = [word for word in words(svg) if "θ" in word]
     assert names[0] == "θ₀" and "θ₁₂" in names and 5 <= len(names) <= 9 and len(dots(svg)) == 31
     keys = [key for *_, keys in report.CURVES for key in keys]

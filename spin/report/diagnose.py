@@ -24,7 +24,7 @@ def ended_alike(rows) -> str | None:
     if ends == {"length"}:
         return (
             "every answer was cut off at --max-new-tokens: is this the model's --template? SPIN "
-            "cannot teach it to end one"
+            "cannot teach the model to end its answers"
         )
     if ends == {"empty"}:
         return "every answer is empty: is this the model's --template? was it trained too far?"
@@ -49,8 +49,8 @@ def new_collapse(rows, t: int) -> str | None:
 
 
 def all_less_likely(rows) -> str | None:
-    """In words, what is wrong when the policy wins by making everything less likely; else None:
-    five steps, the rows of metrics.jsonl, win every pair, while the log-ratio of the human answers
+    """A warning if the policy wins by making everything less likely, else None. rows: five steps of
+    metrics.jsonl. The warning is due if every pair is won, while the log-ratio of the human answers
     is negative and fell by more than a nat."""
     if len(rows) < 5 or not all(row["win_rate"] == 1 for row in rows):
         return None
@@ -64,7 +64,7 @@ def all_less_likely(rows) -> str | None:
 
 
 def warnings_about(recipe: dict, models: list[dict]) -> list[str]:
-    """What is known to go wrong and is seen in a run, a sentence or two each. models: eval.json of
+    """The known problems that a run shows, each in a sentence or two. models: eval.json of
     θ_0, θ_1, …, with the rows of metrics.jsonl as "metrics", of which the last tenth is judged."""
     start = float(ELL[recipe["ell"]](torch.zeros(())))  # ℓ(0): nothing is distinguished
     found = []

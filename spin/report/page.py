@@ -16,7 +16,7 @@ from spin.files import fail, io_errors_in_one_line, read_json, read_jsonl, write
 from spin.recipe import parse
 from spin.report.diagnose import warnings_about
 from spin.report.pictures import STYLES, Line, as_image, theta
-from spin.report.summary import FEW_PROMPTS, NAMES, leading_metric, verdict
+from spin.report.summary import FEW_PROMPTS, NAMES, last_iteration, leading_metric, verdict
 from spin.run.folders import RESTORE, iteration_folder
 
 EVALUATE = "delete it and run evaluate.py again"
@@ -41,8 +41,8 @@ def main(argv=None):
     print(f"{args.run / 'report.html'}\n{NAMES[found['leads']]}:")
     for model in found["models"]:
         print(f"{model['name']:17}{model[found['leads']]:.3f}")
-    if found["verdict"]:
-        print(found["verdict"])
+    for sentence in found["verdicts"]:
+        print(sentence)
 
 
 def read_run(run: Path) -> dict:
@@ -55,6 +55,9 @@ def read_run(run: Path) -> dict:
     leads = leading_metric(models)
     last = min(len(spin), len(sft)) - 1
     rows = spin[last]["by_prompt"], sft[last]["by_prompt"]
+    exact = leads == "expected_exact_match"
+    verdicts = [last_iteration(spin)] if exact and len(spin) > 1 else []
+    verdicts += [verdict(leads, last, *rows)] if last else []
     made_from = read_json(iteration_folder(run, 0) / "made_from.json", RESTORE)
     return {
         "run": run.name,
@@ -63,14 +66,14 @@ def read_run(run: Path) -> dict:
         "sft": sft if len(sft) > 1 else [],  # θ_0 alone: there is no baseline
         "models": models,
         "leads": leads,
-        "verdict": verdict(leads, last, *rows) if last else None,
+        "verdicts": [sentence for sentence in verdicts if sentence],
         "left_out": {"SFT set": made_from.get("left_out"), "held-out set": spin[0].get("left_out")},
         "problems": warnings_about(recipe, spin),
     }
 
 
 def read_models(run: Path, objective: str) -> list[dict]:
-    """θ_0, θ_1, …, up to the first without an eval.json: its keys, and the files in its folder."""
+    """For θ_0, θ_1, … while an eval.json is there: its keys, and the files beside it."""
     found = []
     for t in itertools.count():
         folder = iteration_folder(run, t - 1, objective) if t else run

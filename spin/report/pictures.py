@@ -16,6 +16,7 @@ SETTINGS = {
     "lines.markersize": 4,
     "figure.figsize": (4.2, 2.8),  # inches, where the letters are about as large as the page's
     "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
+    "svg.hashsalt": "spin",  # and no date: the same lines give the same file
 }
 
 
@@ -49,7 +50,7 @@ def draw_lines(title: str, lines: list[Line], x_label: str, y_label: str, log=Fa
             longest = max(len(line.label) for line in lines)
             figure.legend(loc="outside upper center", ncols=2 if longest < 20 else 1)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Title": title})
+        figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})
     return file.getvalue().decode()
 
 

@@ -60,7 +60,7 @@ def compare(a: list[dict], b: list[dict]) -> dict[str, dict]:
     prompts = [[(row.get("id"), row.get("tokens")) for row in rows] for rows in (a, b)]
     complete = all(row.keys() >= {"id", *COLUMNS} for row in (*a, *b))
     if len(a) < 2 or prompts[0] != prompts[1] or not complete:
-        raise ValueError("metrics of the same prompts, two or more, in the same tokens are wanted")
+        raise ValueError("they need metrics of the same prompts, two or more, tokenized alike")
     tables = [np.array([[row[name] for name in COLUMNS] for row in rows], float) for rows in (a, b)]
     values_a, values_b = map(by_prompt, tables)
     found = {}
@@ -82,20 +82,51 @@ def leading_metric(models: list[dict]) -> str:
     return "nll_per_token" if best < FREE_TEXT else "expected_exact_match"
 
 
-def verdict(metric: str, t: int, spin: list[dict], sft: list[dict]) -> str | None:
-    """In words: whether SPIN or continued SFT is ahead at θ_t, by more than two standard errors of
-    a metric of NAMES. spin, sft: the rows of by_prompt.jsonl of both θ_t. None for fewer than
-    FEW_PROMPTS, or where compare cannot join them."""
+def ahead(metric: str, a: list[dict], b: list[dict]) -> tuple[int, str] | None:
+    """(1 if b is ahead of a by more than two standard errors of a metric of NAMES, -1 if it is
+    behind by as much, else 0; the figures in words). a, b: the rows of two by_prompt.jsonl. None
+    for fewer than FEW_PROMPTS, or if compare cannot join them."""
     try:
-        found = compare(sft, spin)[metric]
+        found = compare(a, b)[metric]
     except ValueError:
         return None
     if found["error"] is None:
         return None
     gain = -found["difference"] if metric == "nll_per_token" else found["difference"]
-    who = "neither SPIN nor continued SFT is ahead"
-    if abs(gain) > 2 * found["error"]:
-        who = "SPIN is ahead of continued SFT" if gain > 0 else "continued SFT is ahead of SPIN"
-    values = f"{NAMES[metric]}, {found['B']:.3f} against {found['A']:.3f} of continued SFT"
+    sign = 0 if abs(gain) <= 2 * found["error"] else 1 if gain > 0 else -1
+    values = f"{NAMES[metric]}, {found['B']:.3f} against {found['A']:.3f}"
     difference = f"a difference of {found['difference']:+.4f} (standard error {found['error']:.4f})"
-    return f"At θ_{t} {who}: {values}, {difference}."
+    return sign, f"{values}, {difference}"
+
+
+def verdict(metric: str, t: int, spin: list[dict], sft: list[dict]) -> str | None:
+    """In words: whether SPIN or continued SFT is ahead at θ_t. spin, sft: as b and a of ahead."""
+    found = ahead(metric, sft, spin)
+    who = {
+        1: "SPIN is ahead of continued SFT",
+        0: "neither SPIN nor continued SFT is ahead",
+        -1: "continued SFT is ahead of SPIN",
+    }
+    return f"At θ_{t} {who[found[0]]}: {found[1]}." if found else None
+
+
+def last_iteration(models: list[dict]) -> str | None:
+    """In words: whether θ_t is ahead of the best model before it, and so whether to go on.
+    models: of θ_0 to θ_t the keys of eval.json, and the rows of by_prompt.jsonl as "by_prompt".
+
+    It judges by the expected exact match. There is no such sentence on the NLL, which may fall
+    where answers get worse (docs/real-model.md). None where ahead gives None."""
+    *earlier, last = models
+    best, t = max(earlier, key=lambda model: model["expected_exact_match"]), len(earlier)
+    found = ahead("expected_exact_match", best["by_prompt"], last["by_prompt"])
+    if not found:
+        return None
+    name = f"θ_{models.index(best)}"
+    what = {
+        1: f"ahead of {name}, the best model before it, so another iteration may help",
+        0: f"within noise of {name}, the best model before it, so stop here",
+        -1: f"behind {name}, so use {name}; a lower --lr or a larger --lam may help",
+    }
+    greedy = compare(best["by_prompt"], last["by_prompt"])["greedy_exact_match"]
+    greedy = f"{greedy['difference']:+.4f} (standard error {greedy['error']:.4f})"
+    return f"θ_{t} is {what[found[0]]}: {found[1]}. Greedy answers: {greedy}."

@@ -15,9 +15,9 @@ from spin.run.folders import iteration_folder
 
 @contextlib.contextmanager
 def follow(recipe, run: Path, t: int, trains: bool):
-    """Send what is there up to the figures of θ_t, and with `trains` the steps of iteration t.
+    """Send what is there up to the evaluation of θ_t, and with `trains` the steps of iteration t.
     Yields a function that sends one more row of metrics.jsonl. Does nothing without --track, or on
-    other ranks than 0. Ends with one line where the logger does not begin."""
+    other ranks than 0. Ends with one line if the logger does not start."""
     if recipe.track == "none" or os.environ.get("RANK", "0") != "0":
         yield lambda row: None
         return
@@ -55,15 +55,15 @@ def follow(recipe, run: Path, t: int, trains: bool):
         logger.finish()
 
 
-def send_figures(recipe, run: Path, t: int):
-    """Send what is there up to the figures of θ_t."""
+def send_evaluation(recipe, run: Path, t: int):
+    """Send what is there, up to the evaluation of θ_t."""
     with follow(recipe, run, t, trains=False):
         pass
 
 
 def history(run: Path, objective: str, t: int, trains: bool):
-    """(kind, iteration, values) of each step: figures and benchmarks of θ_0, the optimizer steps of
-    iteration 0, figures and benchmarks of θ_1, … What is not there has its step too."""
+    """(kind, iteration, values) of each row to send: θ_0's evaluation and benchmarks, iteration 0's
+    optimizer steps, θ_1's evaluation and benchmarks, … A missing JSON file gives an empty row."""
     for s in range(t + 1):
         folder = iteration_folder(run, s - 1, objective) if s else run
         yield "heldout", s, read_json(folder / "eval.json", "delete it")
