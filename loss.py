@@ -1,8 +1,8 @@
 """The mathematics of SPIN: the objective (4.7), the SFT objective (3.1), log-probabilities.
 
 Chen et al., "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
-ICML 2024, arXiv 2401.01335v3. Pure functions of tensors; this file imports nothing but torch, and
-can be taken as it is.
+ICML 2024, arXiv 2401.01335v3. This file imports nothing but torch. The losses are pure functions of
+tensors. sequence_logps runs the model, and its backward pass reuses the memory of the logits.
 """
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 # The losses ℓ of Assumption 5.1, by the name that --ell takes. To add a loss, add a line here.
 # Each maps a margin t of any shape to a loss of that shape. The paper trains with the logistic one:
-# it is non-negative, smooth, and its flat tail keeps f of (4.6) from growing without bound. The
-# exponential overflows fp32 (inf) for t < -88.7.
+# it is non-negative, smooth, and flat where the margin is large, so pairs that are won no longer
+# pull. The exponential overflows fp32 (inf) for t < -88.7.
 ELL = {
     "logistic": lambda t: F.softplus(-t),  # log(1 + exp(-t)), stable for any t
     "hinge": lambda t: F.relu(1 - t),
@@ -73,9 +73,9 @@ def sft_loss(policy_real: torch.Tensor) -> torch.Tensor:
 
 
 def sft_loss_per_token(policy_real: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """sft_loss, (B,), each divided by the number of its own answer's tokens. As a sum it would
-    outweigh (4.7) where answers are long; as one mean over a batch's tokens it would depend on how
-    the batch is cut into micro-batches and ranks."""
+    """sft_loss, (B,), each divided by the number of its own answer's tokens. A sum would outweigh
+    (4.7) where answers are long. One mean over the tokens of a batch would depend on how the batch
+    is cut into micro-batches and ranks."""
     return sft_loss(policy_real) / policy_real.new_tensor(lengths)
 
 
@@ -96,9 +96,9 @@ def sequence_logps(
 ) -> torch.Tensor:
     """log p_θ(y|x) = Σ_j log p_θ(y_j | x, y_<j) (Section 3): a sum over y's tokens, not a mean.
 
-    model: a causal transformers model that takes such a row; spin.model.packing.packed lets it.
-    input_ids: (1, T), N sequences "prompt, answer" in one row. If y and y' share a prompt, the row
-    may hold it once for both.
+    model: a causal transformers model inside spin.model.packing.packed, so that it takes such rows.
+    input_ids: (1, T), N sequences "prompt, answer" in one row. The row may hold the prompt of y and
+    y' once for both.
     position_ids: (1, T), the place of each token in its own sequence.
     labels: (K,), the tokens of all N answers; prompts are not among them.
     predictors: (K,), predictors[k] is the index in the row of the token just before labels[k].

@@ -10,10 +10,10 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # it was started by another shell
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# sets python, run, iterations, baseline and flags, and defines the function `stage`
+# sets python, run, iterations, baseline, flags and did (1: a stage ran), and defines `stage`
 source "$here/spin/run/launch.sh" "$@"
 
-# stage RESULT SCRIPT FLAGS…: runs a stage on all ranks, or skips it where its result is there
+# stage RESULT SCRIPT FLAGS…: runs a stage on all ranks, or skips it if its result is there
 stage eval.json evaluate.py --theta0
 for ((t = 0; t < iterations; t++)); do
   stage "iter$t/generated.jsonl" generate.py --iter "$t"  # y' ~ p_θt

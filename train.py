@@ -60,7 +60,7 @@ from spin.recipe import ITER, fixed_knobs, parse
 from spin.report import diagnose, metrics, tracking
 from spin.run.folders import (
     Iteration,
-    answers_of,
+    answer_files,
     fingerprint,
     hash_of_source,
     iteration_folder,
@@ -128,7 +128,7 @@ def main(argv=None):
             if world.rank == 0:
                 record(out, **facts, given_pairs=given_pairs)
             train(model, optimizer, pairs, scores, recipe, iteration, world)
-            if recipe.lora_rank:  # the adapters are merged into θ_t, which is read again
+            if recipe.lora_rank:  # export reads θ_t again, so it must not have changed
                 checks.same_start(out, theta_t, recipe)
             with catch_sigterm():  # SIGTERM has to wait until θ_{t+1} is written
                 export(model, renderer.tokenizer, out / "model", theta_t, recipe, world)
@@ -223,8 +223,9 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
     """log p_θt(y|x) and log p_θt(y'|x) of all pairs, (N, 2), on every rank.
 
     No second model is needed: before its first update the policy is the opponent (in eval mode:
-    there is no dropout). It scores in the very micro-batches of the first epoch: the same shapes
-    through the same kernels give the same bits, so the first margins are zero in bf16 too."""
+    there is no dropout). Scoring takes the micro-batches of the first epoch: the same shapes
+    through the same kernels give the same bits, so the first margins are zero in bf16 too. Another
+    epoch is for benchmarks/margin_noise.py."""
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     first_epoch = batches(len(pairs), recipe, t, epoch)
     for batch in tqdm(first_epoch, desc=f"opponent {t}", unit="batch", disable=world.rank > 0):
@@ -241,7 +242,7 @@ def score_opponent(model, pairs, recipe, t, world, epoch=0):
 def rows_to_train_on(recipe, args, renderer):
     """The rows of the run's own generated.jsonl files, or of the files of --pairs."""
     if not args.pairs:
-        own = answers_of(recipe, args.run, args.iter)
+        own = answer_files(recipe, args.run, args.iter)
         return itertools.chain.from_iterable(read_jsonl(path) for path in own.values())
     rows, left_out = select_pairs(args.pairs, renderer, recipe)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -258,9 +259,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warmup to the peak over a share of the steps, then linear decay to almost zero. The
     rate is never exactly zero, neither at the first step nor at the last.
 
-    The warmup is from Appendix B.1. The decay is from the authors' code, over the steps that are
-    really taken. Warmup also tames RMSProp, whose first step is 1/√(1 − α) times the rate, because
-    RMSProp has no bias correction."""
+    The warmup is from Appendix B.1. The decay is from the authors' code, which stretches it over
+    six epochs; here it ends with the iteration's last step. Warmup also tames RMSProp: without a
+    bias correction, its first step is 1/√(1 − α) times the rate."""
     warm = max(1, math.ceil(warmup * steps))
     return peak * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
 

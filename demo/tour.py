@@ -76,7 +76,7 @@ def choose(run) -> dict:
     """The pair that the tour follows: the shortest y' that is y with something before it, as in
     `um, 93`, and that θ_1 does not repeat. Without such a pair, one that comes near."""
     rows = sorted(run.rows, key=lambda row: len(row["generated_ids"]))
-    ends = [row for row in rows if row["generated"].endswith(row["real"])]
+    ends = [row for row in rows if row["generated"].endswith(f" {row['real']}")]
     rows = [row for row in ends if not row["generated"].startswith(row["real"])] or rows
     changed = (row for row in rows if draw(run, run.models[1], row)[0] != row["generated_ids"])
     return next(changed, rows[0])
@@ -127,7 +127,7 @@ def show_loss(run, model, row: dict):
     margin = spin_margin(*policy, *opponent, lam)
     loss = spin_loss(*policy, *opponent, lam, ell)
     (slopes,) = torch.autograd.grad(loss, policy)
-    print("               policy   opponent   difference   slope of the loss")
+    print("               policy   opponent   difference   d loss / d log p")
     for name, p, q, slope in zip(("y) ", "y')"), policy, opponent, slopes, strict=True):
         say(f"log p({name}  {p:8.3f}   {q:8.3f}     {p - q:+z8.3f}            {slope:+z8.3f}")
     say(f"margin {margin:z.3f}, loss {loss:.4f}")
@@ -143,19 +143,22 @@ makes it θ_1. The functions in brackets make the numbers.""")
     say(f"""
         x: {row["prompt"]}
         y: {row["real"]}
-        This is row {row["id"]} of the SFT set, one of {size} rows in this run. The tour looks for a
-        row whose answer changes in this iteration, for better or worse. Many do not.""")
+        This is row {row["id"]} of the SFT set, of which this run uses {size} rows.
+        The tour looks for a row whose answer changes in this iteration. Many do not.""")
 
     step("2. Text becomes tokens", split_ids)
     prompt_ids, real_ids, _ = split_ids(run.renderer, row, row["real"])
     for name, ids in (("x", prompt_ids), ("y", real_ids)):
         say(f"{name}: {ids}\n   {' '.join(texts_of(run, ids))}")
-    say("The loss counts the answer's tokens, with the one that ends it, and none of the prompt's.")
+    say("""
+        x stands in the template. The loss counts y's tokens, the one that ends it included, and
+        none of x's.""")
 
     step("3. The opponent draws its answer y'", generate.answer, pick_token)
     say("""
-        Every possible token has an interval between 0 and 1, as wide as its probability, in the
-        order of the ids. A random number falls into one of them. That token comes next.""")
+        Each token of the vocabulary has an interval between 0 and 1, as wide as its probability.
+        The intervals lie side by side, in the order of the ids. A random number falls into one
+        of them, and that token comes next.""")
     if show_answer(run, run.models[0], row) != row["generated_ids"]:
         fail("this machine rounds differently and draws another y': leave out --run")
 
@@ -166,27 +169,28 @@ makes it θ_1. The functions in brackets make the numbers.""")
         difference = log p of the policy − log p of the opponent
         margin = λ × (difference of y − difference of y'), with λ = {recipe.at(0).lam:g}
         loss = ℓ(margin), where ℓ is {recipe.ell}
-        slope = λ ℓ'(margin) for log p(y), and the opposite for log p(y')
-        To lower the loss, log p(y) has to rise and log p(y') has to fall.""")
+        d loss / d log p = λ ℓ'(margin) for y, the opposite for y'. Its size is the pair's
+        weight in the gradient.""")
     if recipe.ell == "logistic":
-        say("The logistic loss is log(1 + exp(−margin)), at margin 0 log 2 = 0.6931.")
+        say("""
+            The logistic loss is log(1 + exp(−margin)), at margin 0 log 2 = 0.6931. To lower it, the
+            margin has to rise: log p(y) up, or log p(y') down.""")
 
     step("5. The policy trains on all pairs", train.train)
     batches = train.all_batches(size, recipe, 0)
-    used = [k for k, batch in enumerate(batches) if run.rows.index(row) in batch]
+    used = [f"{k}" for k, batch in enumerate(batches) if run.rows.index(row) in batch]
     first, last = run.log[0]["loss"], run.log[-1]["loss"]
     say(f"""
-        There are {len(batches)} steps of {recipe.batch_size} pairs. This pair is in steps {used},
-        once per epoch.
-        The mean loss is {first:.4f} in step 0, and {last:.4f} in the last.""")
+        There are {len(batches)} steps of {recipe.batch_size} pairs. This pair is in step
+        {" and step ".join(used)}, once per epoch. Other steps change its numbers, too.
+        The mean loss of a step's pairs is {first:.4f} in step 0, and {last:.4f} in the last.""")
 
     step("6. After training, the policy is θ_1", sequence_logps, spin_loss)
     show_loss(run, run.models[1], row)
     say("""
-        The opponent's numbers are those of step 4. The slope is the pair's weight in the
-        gradient.""")
+        The opponent's numbers are those of step 4.""")
     if recipe.ell == "logistic":
-        say("The larger the margin, the smaller the weight.")
+        say("The larger the margin, the smaller the pair's weight in the gradient.")
 
     step("7. θ_1 answers the prompt", sample, pick_token)
     say("The random numbers are those of step 3. The intervals have changed.")
@@ -206,7 +210,8 @@ def main(argv=None):
         flags = f"--iter 0 --recipe demo --num-prompts {args.num_prompts} --batch-size 16"
         for stage in (generate, train):
             if not (iteration_folder(run, 0) / "model").exists():
-                print(f"$ python {stage.__name__}.py {flags}", flush=True)
+                where = f"--run {run}" if args.run else "(in a temporary folder)"
+                print(f"$ python {stage.__name__}.py {flags} {where}", flush=True)
                 with contextlib.redirect_stdout(io.StringIO()):
                     stage.main([*flags.split(), "--dtype", "fp32", "--run", str(run)])
         tour(load(run))

@@ -20,7 +20,7 @@ from spin.model.weights import has_nonfinite
 from spin.recipe import Recipe, fixed_knobs, parse
 from spin.run.folders import (
     RESTORE,
-    answers_of,
+    answer_files,
     fingerprint,
     iteration_folder,
     newest_checkpoint,
@@ -54,7 +54,7 @@ def before_training(recipe: Recipe, run: Path, t: int, given_pairs: list[str]):
     if finished:
         return same_pairs(folder, given_pairs)
     renderer = load_renderer(start, recipe)
-    for s, path in answers_of(recipe, run, t).items() if not given_pairs else ():
+    for s, path in answer_files(recipe, run, t).items() if not given_pairs else ():
         rows = []
         for row in sampled_rows(path, s, renderer):  # not its token ids, which take much memory
             rows.append({name: row.get(name) for name in OF_THE_SET})
@@ -66,7 +66,7 @@ def before_training(recipe: Recipe, run: Path, t: int, given_pairs: list[str]):
 
 
 def before_evaluating(recipe: Recipe, run: Path, t: int | None):
-    """The run is this recipe's; θ_{t+1} and its opponent θ_t are there. None: θ_0."""
+    """Check that the run has this recipe, and that θ_{t+1} and θ_t exist; if t is None, θ_0."""
     run_directory(recipe, run)
     if t is None:
         theta(recipe, run, 0)
@@ -161,7 +161,7 @@ def same_chunks(folder: Path, made_from: dict):
 def same_pairs(folder: Path, given_pairs: list[str]):
     """Refuse a finished iteration that was trained on other pairs."""
     if read_record(folder).get("given_pairs", []) != given_pairs:
-        fix = "give the same --pairs (none if it was none), or choose another --run"
+        fix = "give the --pairs that it was trained on, if any, or choose another --run"
         fail(f"{folder / 'model'} was not trained on these pairs: {fix}")
 
 
@@ -184,7 +184,7 @@ def same_prompts(path: Path, pairs, source) -> dict:
     mine = {"prompts": len(facts), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     if path.exists() and read_json(path, RESTORE) != mine:
         other = f"the {len(facts)} pairs in {source} are not those of {path}"
-        fail(f"{other}: it has changed since the run began; {RESTORE}")
+        fail(f"{other}: {source} has changed since the run began; {RESTORE}")
     return mine
 
 
@@ -209,7 +209,7 @@ def finite(step: int, passes, grad_norm, model, iteration, world):
     print(file=sys.stderr)  # the progress bar has left its line open
     fail(
         f"step {step} of iteration {iteration.t}: {what} is NaN or infinite, on rank {ranks}; "
-        f"{named}nothing of this step was saved, the last good checkpoint is {newest}; look at "
+        f"{named}nothing of this step was saved (last good checkpoint: {newest}); look at "
         "these pairs, or start another --run with a lower --lr"
     )
 
@@ -221,7 +221,7 @@ def main(argv=None):
     whole_run(recipe, args.run)
     for t in range(recipe.iterations):
         if (iteration_folder(args.run, t) / "model").exists():
-            same_pairs(iteration_folder(args.run, t), [])  # the loop's own have no --pairs
+            same_pairs(iteration_folder(args.run, t), [])  # run_iterations.sh takes no --pairs
     print(args.run, recipe.iterations, int(recipe.sft_baseline), recipe.tensor_parallel, sep="\t")
 
 

@@ -75,8 +75,8 @@ def read_questions(path: Path) -> list[dict]:
 
 def answer(model, renderer: Renderer, question: dict, k: int, recipe, room: int) -> list[str]:
     """The answers to question k, turn by turn; each turn sees those before it. The chat template
-    renders the conversation as one. Other templates know one round: rounds follow one another.
-    room: the model's positions, 0 where it has no limit."""
+    renders the whole conversation. Any other template renders one round, so the rounds are joined.
+    room: how many positions the model has, or 0 if it has no limit."""
     temperature = TEMPERATURE.get(question.get("category"), 0.7)
     most = recipe.max_new_tokens
     messages, answers = [], []

@@ -51,7 +51,7 @@ def main(argv=None):
     with process_group(run) as world:
         checks.whole_run(recipe, run)
         if len(found["spin"]) <= t or world.size > 1:
-            fail(f"the card has figures: run evaluate.py --iter {t - 1}, then this in one process")
+            fail(f"no card yet: first run evaluate.py --iter {t - 1}, then this in one process")
         with whole_folder(out) as part:
             differs = write_model(checks.model_folder(str(model)), part, args.dtype, recipe, world)
             _, _, picture = chart(found, found["leads"])["src"].partition(",")
@@ -107,7 +107,7 @@ def card(found: dict, t: int, knobs: dict, name: str, differs: str) -> str:
         rows.append([key, *(cell(m.get(key), m.get(f"{key}_stderr")) for m in models)])
     template = PAPER_TEMPLATE if knobs["template"] == "paper" else knobs["template"]
     asked = "by the chat template" if template == "chat" else f"as `{json.dumps(template)}`"
-    lora = " No adapters are included: each belongs to the model before, and all are merged here."
+    lora = " No adapters are included: each fits only the previous model, and all are merged here."
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     readme = REPOSITORY / "README.md"  # it has the paper's BibTeX
     cite = "".join(readme.read_text().partition("```bibtex")[1:]) if readme.exists() else ""

@@ -308,7 +308,7 @@ def test_nan_stops_its_step_and_keeps_the_checkpoint(what, played, tmp_path, mon
     if what == "the loss":
         assert f"1 pairs (iter, id): [(0, {guilty[0]['id']})];" in line
     assert [path.name for path in (run / "iter0" / "checkpoint").iterdir()] == ["2"]
-    assert f"checkpoint is {run / 'iter0' / 'checkpoint' / '2'};" in line
+    assert f"checkpoint: {run / 'iter0' / 'checkpoint' / '2'});" in line
     assert len(metrics(run / "iter0")) == 2
     monkeypatch.undo()
     stage("train", run, "--iter", 0)  # the checkpoint is good: from there the same end
@@ -327,7 +327,7 @@ def test_of_two_ranks_the_one_whose_loss_is_nan_is_named_once(played, tmp_path, 
     _, err = on_ranks(2, lambda: stage("train", run, "--iter", 0), tmp_path)
     (line,) = error_lines(err)
     assert "step 0 of iteration 0: the loss is NaN or infinite, on rank 1; " in line
-    assert "checkpoint is none yet" in line
+    assert "checkpoint: none yet" in line
     assert 1 <= int(re.search(r"(\d+) pairs", line)[1]) < 12  # those of rank 1
 
 

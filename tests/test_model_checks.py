@@ -21,7 +21,7 @@ from spin.run.ranks import World, process_group
 from spin.sampling import engines, slots
 
 HERE = World(0, 1, torch.device("cpu"))
-MOVES = "other tokens in one move another"  # what (a) says
+MOVES = "changing one moves another's log p"  # what (a) says
 DIFFERS = "one differs from the same sequence alone"  # what (b) says
 
 

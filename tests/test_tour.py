@@ -90,7 +90,7 @@ def wrong_numbers(text: str, run, tokenizer) -> set[str]:
         check("margin and loss", value, [margin, math.log1p(math.exp(-margin))], 2e-3)
     if not (values[0] == (0, 0.6931)).all() or (tables[0, :, 0] != tables[0, :, 1]).any():
         wrong.add("before training")
-    told = re.search(rf"mean loss is {NUMBER} in step 0, and {NUMBER}", text)
+    told = re.search(rf"mean loss of a step's pairs is {NUMBER} in step 0, and {NUMBER}", text)
     check("mean loss", told.groups(), [steps[0]["loss"], steps[-1]["loss"]], 6e-5)
     return wrong
 

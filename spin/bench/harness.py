@@ -69,7 +69,7 @@ def batch_that_fits(vocabulary: int) -> int:
 
 def import_lm_eval():
     """The package lm_eval, quiet; ends with one line where it is missing."""
-    # some tasks import Hugging Face's package evaluate, not evaluate.py: the top level comes last
+    # this folder goes last: tasks that import evaluate mean Hugging Face's package, not evaluate.py
     sys.path.sort(key=lambda folder: Path(folder).resolve() == REPOSITORY)
     try:
         import lm_eval.models.huggingface  # needs accelerate too
@@ -90,7 +90,7 @@ def read_tasks(manager, name: str, positions: int | None) -> list:
         found = manager.load([name])
     except Exception as problem:  # of the hub's client, of datasets, of the task's code: no data
         why = f"the task {name} needs a data set that cannot be read ({str(problem)[:200]})"
-        fix = "start this in a folder that holds a copy of it in a folder of its hub id"
+        fix = "start this in a folder that holds a copy of the data set under its hub id"
         fail(f"{why}; without a hub, {fix} (hf download ID --repo-type dataset --local-dir ID)")
     for task in found["tasks"].values():
         longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 256)  # HFLM's default

@@ -48,8 +48,8 @@ def hash_of_pairs(pairs) -> str:
 
 
 def share_prompts(pairs):
-    """Let the prompt of each pair pass through the model once: only where rows are packed. "shared"
-    becomes the number of the prompt's tokens. Each sequence keeps at least one of its own."""
+    """Let each pair's prompt pass through the model only once; for packed rows only. Sets "shared"
+    to the number of the prompt's tokens. Each sequence keeps at least one token of its own."""
     for pair in pairs:
         (real, real_mask), (generated, generated_mask) = pair["real"], pair["generated"]
         prompt = min(len(real) - 1, len(generated) - 1, np.sum(real_mask == 0))
@@ -64,6 +64,7 @@ def packed_pairs(pairs, objective: str, device) -> dict:
     if objective == "sft":
         return pack(real, device)
     n = len(pairs)
+    # of each sequence: which one holds its prompt, and how many tokens it takes from there
     shared = [(k, 0) for k in range(n)]
     shared += [(k if pair["shared"] else n + k, pair["shared"]) for k, pair in enumerate(pairs)]
     return pack(real + [pair["generated"] for pair in pairs], device, shared)
@@ -113,9 +114,9 @@ def micro_batches(batch, pairs, recipe, world, padded: bool = False):
 
 
 def bins_of(sizes, budget: int, multiple: int = 1, widths=None) -> list[list[int]]:
-    """Indices of sizes, in bins of at most `budget`, or of one larger size: sizes 5, 4, 3, 2 by 8
-    give [[0, 3], [1, 2]]. Their number is a multiple of `multiple`; some may be empty. Neighbouring
-    bins are about as full. widths: for padded batches, a bin costs len(bin) × its largest width."""
+    """Indices of sizes, in bins that add up to at most `budget` or hold one larger size. 5, 4, 3, 2
+    with budget 8: [[0, 3], [1, 2]]. Their number is a multiple of `multiple`; some may be empty.
+    Neighbours are about equally full. widths, if padded: a bin costs len(bin) × its largest one."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))  # the longest first
     if widths:
         return padded_bins(order, widths, budget, multiple)

@@ -142,8 +142,8 @@ def rows_of_csv(file):
 
 TEXTS = ("system", "prompt", "real", "generated")
 LONGEST = 1_000_000  # characters of a text: to tokenize 50 MB, only to cut them, takes a minute
-# The columns of the prompt ("": it is in the conversation), of the real answer, and of a generated
-# one -> a column that is appended to the prompt, or "". The first line that fits a row is taken.
+# The key names the columns of the prompt ("": the conversation holds it), the real answer, maybe a
+# generated one; the value, a column that is appended to the prompt, or "". The first fit is taken.
 SHAPES = {
     ("prompt", "real", "generated"): "",  # generated.jsonl itself, or pairs as plain text
     ("", "real", "generated"): "",  # the authors' published sets, conversations
@@ -254,7 +254,7 @@ def repeats(pair: dict, value) -> bool:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen, as of spaces, U+200B or a lone combining mark."""
+    """Whether a text looks empty: only spaces, U+200B, lone combining marks and the like."""
     unseen = ("Cc", "Cf", "Cn", "Co", "Zs", "Zl", "Zp", "Mn", "Me")
     return all(c in BLANKS or unicodedata.category(c) in unseen for c in text)
 
@@ -383,4 +383,4 @@ def check_ids(row: dict, where: str, renderer):
     if not known or not ids:
         fail(f"{where}: generated_ids are not token ids of this model")
     if (ids[-1] in renderer.end_ids) != (row.get("finish") == "eos"):
-        fail(f"{where}: finish {row.get('finish')!r} does not fit the ids: of another tokenizer")
+        fail(f"{where}: finish {row.get('finish')!r} does not fit the ids: another tokenizer's?")

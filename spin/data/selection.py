@@ -13,8 +13,8 @@ from spin.recipe import STREAM
 
 
 def select(rows, source: str, renderer, recipe, number: int) -> tuple[list[dict], dict]:
-    """The first `number` usable rows in the order that the seed gives: fewer are a subset of more,
-    as the paper's 14k lie in its 26k and these in its 50k.
+    """The first `number` usable rows in the order that the seed gives. So a smaller number gives a
+    subset of what a larger one gives, as the paper's 14k lie in its 26k, and these in its 50k.
     Returns the pairs, each with "id" (its row in the source) and "prompt_ids", and the counts of
     what was left out, by reason. A response that is too long is cut, and counted."""
     rng = np.random.default_rng((recipe.seed, 0, 0, STREAM["selection"]))
@@ -48,7 +48,7 @@ def usable(sources: str, candidates, answers: tuple, room: int, renderer, recipe
             counts.update(f"column {name} not used" for name in unused)
             counts["later rounds not used"] += pair.pop("later_rounds", False)
             if "generated" not in answers:
-                pair.pop("generated", None)  # of an SFT set's own y' nothing is used, or checked
+                pair.pop("generated", None)  # an SFT set's own y' is neither used nor checked
             elif "generated" not in pair:
                 raise Unusable("no generated response beside the real one")
             elif "generated_ids" in pair:  # from another run's generated.jsonl

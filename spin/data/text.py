@@ -61,7 +61,7 @@ def load_renderer(name: str, recipe) -> Renderer:
             fail(f"the weights in {name} are quantised, by its config.json: {fix}")
         text_config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        # a wrong value in its config shows in use
+        # use it once: some wrong values in the tokenizer's config raise an error only then
         tokenizer.decode(tokenizer("", split_special_tokens=True)["input_ids"])
         configs = [config, text_config]
         with contextlib.suppress(OSError):  # it need not be there
@@ -143,7 +143,7 @@ def template_arguments(tokenizer, template_kwargs, date: str) -> dict:
             value = json.loads(value)
         arguments[name] = value
     if date and "strftime_now" in source:
-        # transformers lets no clock of ours into a template: the date stands in the place of a call
+        # we cannot give a template another clock, so the date replaces each call of strftime_now
         day = datetime.datetime.fromisoformat(date)
         call = re.compile(r"""strftime_now\(\s*(['"])([^'"{}]*)\1\s*\)""")
         source = call.sub(lambda found: found[1] + day.strftime(found[2]) + found[1], source)
@@ -176,7 +176,7 @@ def around_an_answer(renderer: Renderer) -> tuple[str, str, str]:
     if not inside or not text.startswith(prompt):
         why = "a conversation with its answer does not begin as the one that asks for it"
         fail(f"the chat template cannot be split into prompt and answer, {why}: {fix}")
-    between = ""  # of a template for one round
+    between = ""  # stays so if the template refuses a second round
     with contextlib.suppress(Unusable):
         between = render_messages(renderer, [*asked, answer, question]).partition("Apple")[2]
     return before, after, between
@@ -188,8 +188,8 @@ def end_of_turn(tokenizer, before: str, after: str, between: str, listed) -> tup
     if only the next turn writes such a token, the text up to it. before, after, between: of
     around_an_answer; listed: as in make_renderer.
 
-    Phi-3 writes "<|end|>\\n<|endoftext|>" after the last answer, "<|end|>\\n" after an earlier one:
-    <|end|>, ''. GLM-4.5 writes nothing, "<|user|>\\n…" and lists <|user|>: <|user|>, "<|user|>"."""
+    Phi-3: after "<|end|>\\n<|endoftext|>", between "<|end|>\\n" give (<|end|>, "").
+    GLM-4.5: after "", between "<|user|>\\n…", <|user|> listed give (<|user|>, "<|user|>")."""
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     ids_between = tokenizer(between, add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
@@ -265,8 +265,8 @@ def split_text(renderer: Renderer, pair: dict, response: str | None, eos: bool) 
 
 
 def encode(renderer: Renderer, pair: dict, response=None, max_length=None, eos=True):
-    """split_ids as one sequence: token ids and response mask, both (T,), cut at max_length. What
-    is cut gets no end of turn: if only generated answers lacked one, that would tell them apart."""
+    """split_ids as one sequence: token ids and response mask, both (T,), cut at max_length. A cut
+    answer has no end of turn, even a human one: else a missing end would mark generated answers."""
     ids, answer, _ = split_ids(renderer, pair, response, eos)
     mask = [0] * len(ids) + [1] * len(answer)
     return (ids + answer)[:max_length], mask[:max_length]
@@ -274,7 +274,7 @@ def encode(renderer: Renderer, pair: dict, response=None, max_length=None, eos=T
 
 def split_ids(renderer: Renderer, pair: dict, response=None, eos=True) -> tuple[list, list, bool]:
     """(ids of the prompt, ids of the answer, whether a token would reach across the border).
-    response: text, which gets the end of turn if eos is true and it is no longer than LONGEST;
+    response: text, which gets the end of turn if eos is true and it has at most LONGEST characters;
     sampled ids, taken as they are; or None for the prompt alone. Raises Unusable.
 
     The prompt is tokenized, then prompt and answer together; what the second adds are the answer's
@@ -324,12 +324,12 @@ def lacks_token(renderer: Renderer, text: str) -> bool:
     how = {"add_special_tokens": False, "split_special_tokens": not parses_specials(renderer)}
     try:
         ids = renderer.tokenizer(text, **how)["input_ids"]
-    except Exception:  # of Rust: a tokenizer of words that has none for those unknown
+    except Exception:  # Rust's: a word-level tokenizer that has no token for unknown words
         return True
     tokenizer = renderer.tokenizer
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     unk = tokenizer.unk_token or getattr(model, "unk_token", None)
-    # of GPT-2's kind it is the EOS too
+    # in tokenizers like GPT-2's the unk token is the EOS, too, so it does not show a missing token
     if unk not in (None, tokenizer.eos_token) and tokenizer.convert_tokens_to_ids(unk) in ids:
         return True
     texts = (text, renderer.tokenizer.decode(ids, skip_special_tokens=True))
@@ -354,8 +354,8 @@ def holds_special(renderer: Renderer, text: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def parses_specials(renderer: Renderer) -> bool:
-    """Whether text's special tokens are parsed: the template has some, or the tokenizer must, since
-    they are in its vocabulary of words, too."""
+    """Whether a special token in a text becomes one id. It must if the template writes special
+    tokens. It also does if the tokenizer has them among its ordinary words."""
     if renderer.template == "chat" or holds_special(renderer, renderer.template):
         return True
     tokenizer = renderer.tokenizer

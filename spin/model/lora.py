@@ -68,7 +68,7 @@ def layers_to_adapt(model, targets: tuple[str, ...]) -> list[str]:
 
 
 def add_adapters(model, name: str, recipe, t: int, dtype: torch.dtype):
-    """Freeze a model without memory, in dtype, and give it the adapters of iteration t: B zero,
+    """Freeze a model on the meta device, in dtype, and add the adapters of iteration t: B zero,
     A random. Each layer has a generator of its own, so any number of ranks draws the same."""
     layers = inject_adapters(model, name, recipe)
     for weight in model.parameters():

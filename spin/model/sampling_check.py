@@ -48,7 +48,7 @@ def check_sampling(model, recipe, world):
     answers = pad_sequence(answers, batch_first=True, padding_value=eos).to(world.device)
     alone = [logps_alone(model, ids, world.device) for ids in sequences]
     if not torch.cat(alone).isfinite().all():
-        return  # sampling has a line of its own for that
+        return  # pick_token refuses that, with an error message of its own
     _, rounding, tolerance = tolerated(model, recipe, world, sequences[:3], alone[:3])
     found = torch.zeros(answers.shape, device=world.device)
 
@@ -86,7 +86,7 @@ def start_vllm(theta_t: str, prompts: list[list[int]], recipe, world):
     vLLM then samples about 256 tokens, and is refused if that model scores them differently."""
     vllm_engine.load_vllm()  # before a model is loaded
     half = compute_dtype(recipe.dtype, world.device) is torch.bfloat16
-    recipe = replace(recipe, dtype="bf16" if half else "fp32")  # in host memory too
+    recipe = replace(recipe, dtype="bf16" if half else "fp32")  # auto would mean fp32 on the host
     host = replace(world, device=torch.device("cpu"))
     if world.rank == 0:
         model = load_frozen(theta_t, recipe, host)

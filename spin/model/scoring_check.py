@@ -62,7 +62,7 @@ def check_scoring(model, recipe, world):
         row = [before, long, behind]
         prompt = 1  # tokens of the long sequence that are not scored
         if method == "packed":
-            prompt = len(long) // 2  # the branch's too
+            prompt = len(long) // 2  # which the branch shares; its own tokens are other's, reversed
             other = long[:prompt] + other[prompt:]
             row[2:] = behind[: len(before)], long[:prompt] + other[:prompt:-1]
         together = logps_together(model, row, prompt, world.device)
@@ -75,14 +75,14 @@ def check_scoring(model, recipe, world):
     if isinstance(model, FSDPModule):
         model.reshard()  # after a pass without gradient FSDP2 keeps the root's weights gathered
     if not torch.cat(alone).isfinite().all():
-        return  # sampling and scoring have a line of their own for that
+        return  # sampling and scoring refuse that, with error messages of their own
 
     apart = f"{name_of(model)} cannot keep sequences apart"
     fix = "try another --attention, or another model"
     for k, (in_row, other) in enumerate(zip(together, beside_other, strict=True)):
         leak = (in_row - other).abs().max()
         if k != 1 and leak != 0 and not (experts and largest(in_row, other) <= tolerance):
-            fail(f"{apart}: other tokens in one move another by up to {leak:.1g} nats; {fix}")
+            fail(f"{apart}: changing one moves another's log p by up to {leak:.1g} nats; {fix}")
     for in_row, by_itself in zip(together, alone, strict=True):
         off = largest(in_row, by_itself[-len(in_row) :])
         if not off <= tolerance:  # NaN too
@@ -145,7 +145,7 @@ def logps_alone(model, ids: list[int], device, moved: float = 0.0) -> torch.Tens
         logits = model(input_ids=row, use_cache=False).logits[0, :-1]
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "out of bounds" not in str(problem):
-            raise  # of memory, or of another rank
+            raise  # out of memory, or another rank is lost
         why = f"{type(problem).__name__}: {str(problem)[:200]}"
         fail(f"{name_of(model)} cannot score {len(ids)} tokens ({why}): choose another model")
     finally:

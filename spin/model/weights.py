@@ -1,7 +1,7 @@
 """θ_t in, θ_{t+1} out: folders of safetensors.
 
-To sample or evaluate, every rank reads a model whole. To train, every rank builds it without memory
-and shards it, and rank 0, which alone reads the files, sends the others their shards."""
+To sample or evaluate, every rank reads a model whole. To train, every rank builds it on the meta
+device and shards it. Rank 0, which alone reads the files, sends the others their shards."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def loading(name: str):
-    """Inside the `with`, whatever a model's files bring about ends in one line."""
+    """Inside the `with`, any error ends the stage with one line that names the model."""
     try:
         yield
     except Exception as problem:
@@ -84,7 +84,7 @@ def load_frozen(name: str, recipe, world: World):
 
 
 def load_empty(name: str, recipe):
-    """A model to train, without memory for its weights; read_weights fills it when sharded."""
+    """A model to train, its weights on the meta device; read_weights fills it when sharded."""
     with loading(name):
         revision = recipe.revision_of(name)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -106,7 +106,7 @@ def without_weights(config, attention: str | None = None):
 
 def read_weights(model, name: str, recipe, world: World):
     """Fill a sharded model: rank 0 reads θ_t whole, and sends the ranks their shards."""
-    # First: else torch would replace the parameters, which have no memory yet, by new tensors. Tied
+    # make_room comes first: torch would replace parameters on the meta device by new tensors. Tied
     # weights would no longer be tied, and a frozen base in bf16 would become fp32.
     make_room(model, recipe, world)
     weights = {}
@@ -133,7 +133,7 @@ def parts_not_kept(model, name: str, recipe) -> str | None:
     lost = Counter()
     for path in weight_files(folder):
         for key in filter(re.compile(listed).search, safe_open(path, "pt").keys()):
-            # the outermost module that is not there; none for a causal mask in GPT-2's old files
+            # of the key's "a", "a.b", … the first that is no module; none for GPT-2's old masks
             levels = itertools.accumulate(key.split(".")[:-1], "{}.{}".format)
             lost.update([n for n in levels if n not in there][:1])
     if lost:
@@ -150,7 +150,7 @@ def make_room(model, recipe, world: World):
 
 
 def has_nonfinite(tensors) -> bool:
-    """Whether NaN or infinity is in what this rank holds of some tensors (None: of no tensor)."""
+    """Whether any of the tensors has NaN or infinity in this rank's part of it; skips None."""
     mine = [x.to_local() if isinstance(x, DTensor) else x for x in tensors if x is not None]
     mine = [x for x in mine if x.numel()]  # of a weight with few rows, some ranks hold nothing
     return not torch.nn.utils.get_total_norm(mine, math.inf).isfinite().item()
@@ -192,8 +192,8 @@ def state_options(model, whole: bool = False):
 
 
 def export(model, tokenizer, folder: Path, theta_t: str, recipe, world: World):
-    """Write θ_{t+1} as a folder, in fp32: bf16 would round away what an iteration changed. With
-    adapters it writes these to adapter/, reads θ_t again, and writes it with them merged."""
+    """Write θ_{t+1} as a folder, in fp32: bf16 would round away what an iteration changed. Adapters
+    go to adapter/; then θ_t is read again, and written with the adapters merged into it."""
     weights = states.get_model_state_dict(model, options=state_options(model, whole=True))
     weights = lora.adapters_in(model, weights)
     # a second name of a weight is left out, such as lm_head.weight where the embedding is the head
@@ -206,7 +206,7 @@ def export(model, tokenizer, folder: Path, theta_t: str, recipe, world: World):
             with whole_folder(adapter) as part:
                 lora.write_adapters(model, weights, part)
             model = lora.merged(load_whole(theta_t, recipe, torch.float32), adapter)
-            weights = None  # all that the merged model has
+            weights = None  # so save_pretrained takes all weights of the merged model
         with whole_folder(folder) as part:
             model.save_pretrained(part, state_dict=weights)
             try:
@@ -225,7 +225,7 @@ def export(model, tokenizer, folder: Path, theta_t: str, recipe, world: World):
 def whole_folder(folder: Path):
     """Yields a folder to write into, which gets its name when all its files are on disk."""
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a kill
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
     yield part
     for path in part.rglob("*"):
         if path.is_file():

@@ -39,7 +39,7 @@ def starting_model(recipe: Recipe, run: Path, t: int, objective: str = "spin") -
     return str(iteration_folder(run, t - 1, objective) / "model")
 
 
-def answers_of(recipe: Recipe, run: Path, t: int) -> dict[int, Path]:
+def answer_files(recipe: Recipe, run: Path, t: int) -> dict[int, Path]:
     """{s: generated.jsonl of iteration s} for the iterations whose pairs iteration t trains on: the
     newest --mix, by default t and t − 1 (Section 6.1). θ_t scores all of them."""
     first = max(0, t + 1 - recipe.at(t).mix)

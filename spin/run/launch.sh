@@ -21,11 +21,12 @@ if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
   IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"; gpus=${#visible[@]}
 fi
 nodes=${NNODES:-1}
-total=$((gpus * nodes * ${memory:-102400} / 954))  # GB; if memory is unknown, assume enough
+total=$((gpus * nodes * ${memory:-102400} / 954))  # GB (954 MiB each); if unknown, assume enough
 needed=$((88 + 6 * gpus * nodes))  # GB: weights, gradients, moments of a 7B model; 6 more per GPU
 if [[ $recipe == paper && $total -lt $needed && ($gpus == 0 || "$*" != *--lora-rank*) ]]; then
-  echo "error: the paper recipe needs 88 GB on GPUs and 6 more on each (found $total on $gpus)," \
-    "or one GPU with adapters (docs/lora.md); 'bash run_iterations.sh demo' runs on any laptop" >&2
+  echo "error: the paper recipe needs 88 GB on GPUs plus 6 on each (found $total on" \
+    "$((gpus * nodes)) GPUs), or one GPU with adapters (docs/lora.md);" \
+    "'bash run_iterations.sh demo' runs on any laptop" >&2
   exit 2
 fi
 plan=$(PYTHONIOENCODING=utf-8 "$python" -m spin.checks "${flags[@]}") || exit $?
@@ -44,8 +45,8 @@ elif [[ $recipe == demo ]]; then  # one thread: the same bytes on any number of 
 fi
 
 did=0 child=
-# Runs a stage unless its result is there. It runs again if its temporary folder is still there,
-# which a kill may have left.
+# Runs a stage unless its result is there. If a kill has left the stage's temporary folder, the
+# stage runs again, whatever is there.
 stage() {
   local result=$1 script=$2 temporary=generated.part by=$python number=$ranks; shift 2
   [[ $script == train.py ]] && temporary=checkpoint
@@ -58,6 +59,6 @@ stage() {
   child=$!
   set +m; wait "$child"
 }
-# bash would die alone: the stage is told, and may checkpoint before it leaves
+# else a signal would end bash and not the stage: pass it on, and the stage may save a checkpoint
 leave() { trap '' INT TERM HUP; kill -TERM $child 2>/dev/null && wait "$child" || true; exit 143; }
 trap leave INT TERM HUP

@@ -2,12 +2,13 @@
 
 Each token of an answer costs one uniform number in [0, 1). pick_token in spin/sampling/slots.py
 turns it into a token by the inverse of the cumulative distribution. A prompt's numbers come from a
-generator seeded with (seed, iteration, prompt id). So an answer does not depend on its neighbours,
-on the number of ranks, or on how often the run was killed.
+generator seeded with (seed, iteration, prompt id). So the numbers do not depend on an answer's
+neighbours, on the number of ranks, or on how often the run was killed.
 
-What remains is rounding. Another batch shape, thread count or GPU changes a probability in its last
-bits, and where the uniform number falls between the two values, another token is drawn: about once
-in 10^6 tokens in fp32, once in 10^2 to 10^3 in bf16. The distribution is the same.
+The probabilities do change, by rounding alone. Another batch shape, thread count or GPU changes a
+probability in its last bits. Where the uniform number falls between the two values, another token
+is drawn: about once in 10^6 tokens in fp32, once in 10^2 to 10^3 in bf16. The distribution is the
+same.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def sample(
     prompts: N lists of ids, of any length. eos: the id that ends an answer, or several. uniform:
     (N, max_new_tokens) uniform numbers; None, or temperature 0, is greedy. slots: answers in
     progress at once. pick: gives the tokens instead, from (logits (n, V), which prompt (n,), which
-    token of its answer (n,)). The decode loop is check_sampling's choice, else the first of `ways`.
+    token of its answer (n,)). The decode loop is the choice of
+    check_sampling in spin/model/, else the first of `ways`.
     The model's generation_config is ignored: temperature 1 is p_θ and nothing else."""
     eos = [eos] if isinstance(eos, int) else [*eos]
     longest = max(map(len, prompts)) + max_new_tokens

@@ -37,7 +37,7 @@ def pick_token(logits, uniform, temperature: float = 1.0, top_p: float = 1.0) ->
 
 
 def keeps_every_key(model, length: int) -> bool:
-    """Whether Slots fits a model: each layer sees `length` tokens, and position_ids order them."""
+    """Whether Slots fits a model: each layer sees `length` tokens, in the order of position_ids."""
     if model._is_stateful:
         return False
     for layer in DynamicCache(config=model.config).layers:
@@ -112,7 +112,7 @@ def prefill(model, cache, prompts: list[list[int]], first: int):
 
 
 def close_gaps(cache, state, done, width: int):
-    """The last answers in progress move into the slots of finished ones, so that no gap is left.
+    """The answers in the last slots move into the slots of finished ones, so that no gap is left.
 
     state: (3, n), done: (n,) → state of the answers still in progress."""
     left = len(done) - int(done.sum())
