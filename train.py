@@ -7,11 +7,11 @@
     python train.py --iter 0 --objective sft           the continued-SFT baseline, same batches
     python train.py --iter 0 --pairs FILE              your own pairs; with preference pairs: DPO
 
-Reads θ_t and the generated.jsonl of iterations t and t − 1. Writes into RUN/iter{t}/ the files
-opponent.jsonl, metrics.jsonl and made_from.json, and θ_{t+1} as model/. SFT writes into
-RUN/sft/iter{t}/, without opponent.jsonl; --lora-rank adds adapter/. A rerun resumes from the last
-checkpoint, in checkpoint/; on the CPU, with the same ranks and threads, it ends with the same bytes
-as an uninterrupted run.
+Reads θ_t and the generated.jsonl of the iterations of --mix, by default t and t − 1. Writes into
+RUN/iter{t}/ the files opponent.jsonl, metrics.jsonl and made_from.json, and θ_{t+1} as model/. SFT
+writes into RUN/sft/iter{t}/, without opponent.jsonl; --lora-rank adds adapter/. A rerun resumes
+from the last checkpoint, in checkpoint/; on the CPU, with the same ranks and threads, it ends with
+the same bytes as an uninterrupted run.
 """
 
 import contextlib

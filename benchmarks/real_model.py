@@ -99,7 +99,7 @@ ARMS = [
     Arm("1e-6, 0% wrong, λ 1", lr="1e-6", wrong=0, lam="1"),
 ]
 # the arms that run with the seeds 1 and 2 too, chosen by the first tables
-SECOND = ("1e-6", "1e-6, 0% wrong", "1e-6, λ 1")
+SECOND = ("1e-6", "1e-6, 0% wrong", "1e-6, λ 1", "1e-6, SFT term 1")
 
 
 # ---- the questions -------------------------------------------------------------------------------
