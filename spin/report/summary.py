@@ -116,17 +116,18 @@ def last_iteration(models: list[dict]) -> str | None:
 
     It judges by the expected exact match. There is no such sentence on the NLL, which may fall
     where answers get worse (docs/real-model.md). None where ahead gives None."""
-    *earlier, last = models
-    best, t = max(earlier, key=lambda model: model["expected_exact_match"]), len(earlier)
-    found = ahead("expected_exact_match", best["by_prompt"], last["by_prompt"])
+    t = len(models) - 1
+    best = max(range(t), key=lambda s: models[s]["expected_exact_match"])
+    rows = models[best]["by_prompt"], models[t]["by_prompt"]
+    found = ahead("expected_exact_match", *rows)
     if not found:
         return None
-    name = f"θ_{models.index(best)}"
+    name = f"θ_{best}"
     what = {
         1: f"ahead of {name}, the best model before it, so another iteration may help",
         0: f"within noise of {name}, the best model before it, so stop here",
         -1: f"behind {name}, so use {name}; a lower --lr or a larger --lam may help",
     }
-    greedy = compare(best["by_prompt"], last["by_prompt"])["greedy_exact_match"]
+    greedy = compare(*rows)["greedy_exact_match"]
     greedy = f"{greedy['difference']:+.4f} (standard error {greedy['error']:.4f})"
     return f"θ_{t} is {what[found[0]]}: {found[1]}. Greedy answers: {greedy}."
